@@ -1,0 +1,144 @@
+"""The one interface between objectives and backbones.
+
+An objective states what it `Needs`; a family (one file each) provides `Tokens`, or refuses with one sentence.
+Shapes: B images, C maskable cells, K kept cells, N patch tokens, D width. `mask`: True = hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class BackboneError(ValueError):
+    """A backbone cannot give what was asked of it; the message says what would work."""
+
+
+class Drop(NamedTuple):
+    """Encode the visible cells only. ids: int64 [B, K], row-major cell numbers in the order to encode them."""
+
+    ids: Tensor
+
+
+class Replace(NamedTuple):
+    """Keep the length; hidden cells carry the learned mask token. mask: bool [B, C], True = hidden."""
+
+    mask: Tensor
+
+
+class Needs(NamedTuple):
+    """What an objective asks of a family; checked once, before data or weights are touched."""
+
+    hide: type | None = None  # Drop | Replace
+    focus: bool = False  # the pooled token may be restricted to some patches (ODIS)
+    attention: bool = False  # last-block attention row of the pooled token (GLARE)
+    stride: int | None = None  # dense tokens no coarser than this; hierarchical families fuse stages to get there
+    class_token: bool = True  # False: ViT is built without a class token (I-JEPA, DMT-JEPA, SelfPatch)
+    init: str = "timm"  # "mae": fixed sin-cos positions and Xavier weights on ViT, as in the MAE reference
+
+
+class Tokens(NamedTuple):
+    """What every family returns.
+
+    pooled: [B, D] class token, or mean + norm, or the class-attention read-out.
+    patches: [B, N, D] row-major on grid(size); under Drop only the kept ones, in the order of the ids.
+    prefix: [B, p, D] class token and registers; on families without any, pooled[:, None].
+    maps: the layers asked for, [B, c, h, w] each (ViT under Drop: [B, K, D]), before the final norm.
+    attention: [B, heads, N] or None.
+    """
+
+    pooled: Tensor
+    patches: Tensor
+    prefix: Tensor
+    maps: tuple[Tensor, ...] = ()
+    attention: Tensor | None = None
+
+
+class Backbone(nn.Module):
+    """A timm model behind `Tokens`. `timm` keeps timm's own parameter names: exporting is copying its state dict.
+
+    Everything particular to one call (`hide`, `focus`, `drop_path` …) is an argument, never an attribute or a hook,
+    so that activation checkpointing, compilation and shared teachers see a pure function.
+    """
+
+    family: str  # a word for messages and cards, not for branching
+    timm: nn.Module
+    embed_dim: int
+    depth: int  # blocks, in forward order; drop_path tables have 2 * depth rows
+    cell: int  # pixels per maskable cell
+    stride: int  # pixels per patch token (<= cell)
+    mask_token: nn.Parameter | None
+    drop_path_rate: float
+    block_fn: Callable  # the walker of one block; `compile_blocks` swaps it for a compiled one
+
+    def cells(self, size: int) -> tuple[int, int]:
+        """Rows and columns of maskable cells of a square image with this side."""
+        return size // self.cell, size // self.cell
+
+    def grid(self, size: int) -> tuple[int, int]:
+        """Rows and columns of patch tokens of a square image with this side."""
+        return math.ceil(size / self.stride), math.ceil(size / self.stride)
+
+    def to_tokens(self, cell_ids: Tensor, size: int) -> Tensor:
+        """Cell ids [B, K] to the ids of the patch tokens inside them, [B, K * (cell / stride) ** 2]."""
+        per = self.cell // self.stride
+        if per == 1:
+            return cell_ids
+        columns = self.cells(size)[1]
+        row, column = cell_ids // columns, cell_ids % columns
+        inner = torch.arange(per, device=cell_ids.device)
+        rows = (row[..., None] * per + inner)[..., :, None]
+        cols = (column[..., None] * per + inner)[..., None, :]
+        return (rows * self.grid(size)[1] + cols).flatten(1)
+
+    def forward(
+        self,
+        images: Tensor,
+        hide: Drop | Replace | None = None,
+        *,
+        focus: Tensor | None = None,
+        drop_path: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        norm: bool = True,
+        attention: bool = False,
+    ) -> Tokens:
+        """Encode images.
+
+        images: float [B, 3, H, W], normalised. hide: what to hide. focus: bool [B, N], True = the pooled token may
+        look here. drop_path: [2 * depth, B] factors of the residual branches (0 or 1 / keep), None = none dropped.
+        layers: blocks (ViT) or stages (others) whose maps are wanted, negative numbers count from the end.
+        norm: apply the final norm to `patches` and `prefix`. attention: also return the pooled token's last row.
+        """
+        raise NotImplementedError
+
+    def compile_blocks(self, **kwargs) -> None:
+        """Compile the walker of one block (few graphs, short cold start, no state): `torch.compile(**kwargs)`."""
+        self.block_fn = torch.compile(self.block_fn, **kwargs)
+
+    def set_norm(self, mean: Tensor, std: Tensor) -> None:  # noqa: B027  (most families have no use for it)
+        """Told once how images are normalised (a family that paints hidden pixels may want to know)."""
+
+
+def pick(x: Tensor, ids: Tensor) -> Tensor:
+    """Gather tokens: x [B, N, ...], ids int64 [B, K] -> [B, K, ...]."""
+    index = ids.reshape(*ids.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """[B, c, H, W] -> [B, (H/p)(W/p), p*p*c], inner order (row, column, channel): MAE's `patchify`."""
+    b, c, h, w = images.shape
+    x = images.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(patches: Tensor, patch: int, channels: int = 3) -> Tensor:
+    """Inverse of `patchify` for a square grid: [B, N, p*p*c] -> [B, c, H, W]."""
+    b, n, _ = patches.shape
+    side = math.isqrt(n)
+    x = patches.reshape(b, side, side, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, side * patch, side * patch)
