@@ -1,0 +1,51 @@
+"""The one interface behind shards, folders and scenes: samples by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+
+class DataError(ValueError):
+    """The data set as a whole cannot be used; one sentence names the file or key and what would work."""
+
+
+class SampleError(ValueError):
+    """One sample cannot be used (undecodable, no image, bad label). `where` names file and key."""
+
+    def __init__(self, where: str, why: str):
+        super().__init__(f"{where}: {why}")
+        self.where, self.why = where, why
+
+    def __reduce__(self):
+        return type(self), (self.where, self.why)
+
+
+class Raw(NamedTuple):
+    """One undecoded sample."""
+
+    key: str
+    image: bytes
+    label: int  # -1: none
+    where: str  # file and key, for messages
+    mask: bytes | None = None  # mask.png: semantic class ids
+    objects: bytes | None = None  # objects.png: object ids
+    boxes: bytes | None = None  # boxes.json
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples by number. Picklable or fork-safe: workers read with their own file descriptors."""
+
+    lengths: Sequence[int]  # samples per shard; sum = number of samples
+    classes: Sequence[str] | None  # class names where known
+    labelled: bool  # at least the first samples carry labels
+    has_objects: bool
+    fingerprint: str  # changes when the samples or their order do
+    describe: str  # a few words for the first screen, e.g. "shards /d/train-000000.tar … (1,282 files)"
+
+    def read(self, id: int) -> Raw:
+        """The undecoded sample; SampleError if it is broken."""
+        ...
+
+    def __len__(self) -> int: ...
