@@ -1,0 +1,216 @@
+"""Plain timm Vision Transformers: tokens dropped before they are computed, replaced, or focused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from ..nn.positions import sincos_2d
+from .tokens import Backbone, BackboneError, Drop, Needs, Replace, Tokens, patchify, pick
+
+
+def attend(attn: Attention, x: Tensor, row: Tensor | None = None, want_row: bool = False):
+    """timm's attention, x [B, N, D] -> [B, N, D], with two extras for the first (class / object) token.
+
+    row: bool [B, N], where the first token may look. All rows use the fused kernel; only the first is recomputed
+    with a mask, an eighth of the cost of a full mask. want_row: also return its weights, [B, heads, N].
+    """
+    b, n, _ = x.shape
+    q, k, v = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    out = F.scaled_dot_product_attention(q, k, v)
+    if row is not None:
+        first = F.scaled_dot_product_attention(q[:, :, :1], k, v, attn_mask=row[:, None, None])
+        out = torch.cat([first, out[:, :, 1:]], dim=2)
+    weights = None
+    if want_row:
+        scores = (q[:, :, :1] @ k.transpose(-2, -1))[:, :, 0].float() * attn.scale
+        if row is not None:
+            scores = scores.masked_fill(~row[:, None], float("-inf"))
+        weights = scores.softmax(-1)
+    return attn.proj(attn.norm(out.transpose(1, 2).flatten(2))), weights
+
+
+def run_block(block: Block, x: Tensor, row: Tensor | None = None, drop: Tensor | None = None, want_row: bool = False):
+    """One pre-norm block, x [B, N, D] -> (x, first token's attention row or None).
+
+    drop: [2, B] factors of the two residual branches (stochastic depth, drawn outside).
+    """
+    branch, weights = attend(block.attn, block.norm1(x), row, want_row)
+    branch = block.ls1(branch)
+    x = x + (branch if drop is None else branch * drop[0, :, None, None].to(branch.dtype))
+    branch = block.ls2(block.mlp(block.norm2(x)))
+    return x + (branch if drop is None else branch * drop[1, :, None, None].to(branch.dtype)), weights
+
+
+def init_as_mae(model: VisionTransformer, grid: tuple[int, int]) -> None:
+    """MAE's initialisation: Xavier-uniform matrices, fixed sin-cos positions, N(0, 0.02) class token.
+
+    The patch projection is Xavier on its [D, 3 p^2] view; its bias keeps PyTorch's default, as in the reference.
+    """
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    weight = model.patch_embed.proj.weight
+    nn.init.xavier_uniform_(weight.data.view(weight.shape[0], -1))
+    if model.cls_token is not None:
+        nn.init.normal_(model.cls_token, std=0.02)
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    model.pos_embed.data.copy_(sincos_2d(model.embed_dim, *grid, prefix=prefix)[None])
+    model.pos_embed.requires_grad_(False)
+
+
+class ViT(Backbone):
+    """A timm VisionTransformer; cell = stride = patch size."""
+
+    family = "vit"
+
+    def __init__(
+        self,
+        architecture: str,
+        *,
+        needs: Needs,
+        image_sizes: Sequence[int],
+        drop_path: float = 0.0,
+        pos_resize: str = "timm",
+        **model_args,
+    ):
+        super().__init__()
+        model_args["img_size"] = image_sizes[0]
+        if not needs.class_token:
+            model_args |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+        self.architecture, self.model_args = architecture, model_args
+        self.timm = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
+        self._refuse_other_kinds()
+        self.embed_dim, self.depth = self.timm.embed_dim, len(self.timm.blocks)
+        self.cell = self.stride = self.timm.patch_embed.patch_size[0]
+        self.prefix = self.timm.num_prefix_tokens
+        self.drop_path_rate, self.pos_resize, self.block_fn = drop_path, pos_resize, run_block
+        self._check_sizes(image_sizes, needs)
+        if needs.init == "mae":
+            init_as_mae(self.timm, self.timm.patch_embed.grid_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim)) if needs.hide is Replace else None
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        if needs.focus and not self.prefix:
+            raise BackboneError(f"{architecture} has no class token to focus; use a ViT with one")
+
+    def _refuse_other_kinds(self) -> None:
+        model = self.timm
+        block = model.blocks[0] if isinstance(model, VisionTransformer) else None
+        plain = (
+            type(block) is Block
+            and isinstance(block.attn, Attention)
+            and getattr(block.attn, "gate", None) is None
+            and model.attn_pool is None
+            and model.pos_embed is not None
+            and isinstance(model.patch_embed.norm, nn.Identity)
+        )
+        if not plain:
+            raise BackboneError(
+                f"{self.architecture} is not a plain timm VisionTransformer (pre-norm blocks, learned positions); "
+                "names such as vit_tiny|small|base|large_patch16_224 or deit_small_patch16_224 work"
+            )
+
+    def _check_sizes(self, sizes: Sequence[int], needs: Needs) -> None:
+        for size in sizes:
+            if size % self.cell:
+                near = max(1, round(size / self.cell)) * self.cell
+                raise BackboneError(
+                    f"image size {size} is not a multiple of the patch size {self.cell}; use {near} "
+                    f"or another backbone.patch_size"
+                )
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position table [1, prefix rows + N, D] for this grid; resampled when it differs from the trained one."""
+        table, trained = self.timm.pos_embed, self.timm.patch_embed.grid_size
+        if grid == tuple(trained):
+            return table
+        prefix = 0 if self.timm.no_embed_class else self.prefix
+        return resample_abs_pos_embed(
+            table, new_size=list(grid), old_size=list(trained), num_prefix_tokens=prefix,
+            antialias=self.pos_resize == "timm",
+        )  # fmt: skip
+
+    def embed(self, images: Tensor, hide: Drop | Replace | None) -> Tensor:
+        """Prefix and patch tokens with positions, [B, prefix + K or N, D]; dropped patches are never projected."""
+        proj = self.timm.patch_embed.proj
+        table = self.positions((images.shape[-2] // self.cell, images.shape[-1] // self.cell))
+        rows = 0 if self.timm.no_embed_class else self.prefix
+        if isinstance(hide, Drop):
+            weight = proj.weight.permute(0, 2, 3, 1).flatten(1)
+            x = F.linear(pick(patchify(images, self.cell), hide.ids), weight, proj.bias)
+            x = x + table[0, rows:][hide.ids]
+        else:
+            x = proj(images).flatten(2).transpose(1, 2)
+            if isinstance(hide, Replace):
+                x = torch.where(hide.mask[..., None], self.mask_token.to(x.dtype), x)
+            x = x + table[:, rows:]
+        prefix = [t for t in (self.timm.cls_token, self.timm.reg_token) if t is not None]
+        if prefix:
+            tokens = torch.cat(prefix, dim=1)
+            tokens = tokens if rows == 0 else tokens + table[:, :rows]
+            x = torch.cat([tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return self.timm.norm_pre(x)
+
+    def forward(
+        self,
+        images: Tensor,
+        hide: Drop | Replace | None = None,
+        *,
+        focus: Tensor | None = None,
+        drop_path: Tensor | None = None,
+        layers: tuple[int, ...] = (),
+        norm: bool = True,
+        attention: bool = False,
+    ) -> Tokens:
+        x = self.embed(images, hide)
+        row = self._row(focus, hide, x.shape[1]) if focus is not None else None
+        grid = (images.shape[-2] // self.cell, images.shape[-1] // self.cell)
+        wanted, maps, weights = {i % self.depth for i in layers}, {}, None
+        for i, block in enumerate(self.timm.blocks):
+            last = i == self.depth - 1
+            drop = None if drop_path is None else drop_path[2 * i : 2 * i + 2]
+            x, weights = self.block_fn(block, x, row, drop, attention and last)
+            if i in wanted:
+                patches = x[:, self.prefix :]
+                maps[i] = patches if isinstance(hide, Drop) else patches.transpose(1, 2).unflatten(2, grid)
+        normed = self.timm.norm(x)
+        pooled = self.timm.fc_norm(self.timm.pool(normed))
+        out = normed if norm else x
+        if attention:
+            weights = weights[:, :, self.prefix :]
+        return Tokens(
+            pooled, out[:, self.prefix :], out[:, : self.prefix], tuple(maps[i % self.depth] for i in layers), weights
+        )
+
+    def _row(self, focus: Tensor, hide: Drop | Replace | None, length: int) -> Tensor:
+        """Where the first token may look: itself and the focused patches; registers would leak the rest."""
+        if isinstance(hide, Drop):
+            focus = focus.gather(1, hide.ids)
+        row = torch.zeros(len(focus), length, dtype=torch.bool, device=focus.device)
+        row[:, 0] = True
+        row[:, self.prefix :] = focus
+        return row
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare the walker with timm's own forward, nothing hidden; a difference means another kind of model."""
+        device, training = self.timm.pos_embed.device, self.training
+        self.eval()
+        x = torch.linspace(-2, 2, 3 * self.timm.patch_embed.img_size[0] ** 2, device=device).sin()
+        x = x.reshape(1, 3, *self.timm.patch_embed.img_size)
+        mine, theirs = self(x), self.timm.forward_features(x)
+        self.train(training)
+        error = (torch.cat([mine.prefix, mine.patches], 1) - theirs).abs().max() / theirs.abs().max()
+        error = max(error, (mine.pooled - self.timm.forward_head(theirs, pre_logits=True)).abs().max())
+        if not error < 1e-3:
+            raise BackboneError(f"{self.architecture}: our forward differs from timm's by {error:.1e}; not supported")

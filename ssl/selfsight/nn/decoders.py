@@ -1,0 +1,96 @@
+"""Decoders from tokens to the pixels of hidden cells, one signature, and the table of which family takes which.
+
+`decoder(tokens, keep, hidden) -> [B, M, cell * cell * 3]`; `layers` names the maps it wants from the backbone,
+`mask_ratio` is its recipe's default, `keep` turns a ratio into a count of kept cells.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..backbones.tokens import Backbone, BackboneError, Tokens
+from ..backbones.vit import run_block
+from .positions import sincos_2d
+
+
+class PixelTransformer(nn.Module):
+    """MAE's decoder (He et al. 2022, section 3): light blocks over visible and mask tokens.
+
+    Mask tokens are appended with their positions and nothing is put back in order, because attention does not care
+    about order; only hidden positions are normalised and predicted. Both are exact.
+    """
+
+    layers: tuple[int, ...] = ()
+    mask_ratio = 0.75
+
+    def __init__(self, dim: int, grid: tuple[int, int], cell: int, *, width: int, depth: int, heads: int, prefix: int):
+        super().__init__()
+        self.prefix, self.block_fn = prefix, run_block
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", sincos_2d(width, *grid, prefix=prefix)[None])
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, cell * cell * 3)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    @staticmethod
+    def keep(cells: int, ratio: float) -> int:
+        """Kept cells; float arithmetic as in the reference (L = 400, r = .8 gives 79)."""
+        return int(cells * (1 - ratio))
+
+    def forward(self, tokens: Tokens, keep: Tensor, hidden: Tensor) -> Tensor:
+        """tokens of the kept cells, keep [B, K], hidden [B, M] -> [B, M, cell * cell * 3]."""
+        pos = self.pos_embed[0, self.prefix :]
+        x = self.embed(torch.cat([tokens.prefix[:, : self.prefix], tokens.patches], dim=1))
+        prefix = x[:, : self.prefix] + self.pos_embed[:, : self.prefix]
+        visible = x[:, self.prefix :] + pos[keep]
+        x = torch.cat([prefix, visible, (self.mask_token + pos[hidden]).to(x.dtype)], dim=1)
+        for block in self.blocks:
+            x, _ = self.block_fn(block, x)
+        return self.pred(self.norm(x[:, -hidden.shape[1] :]))
+
+    def compile_blocks(self, **kwargs) -> None:
+        self.block_fn = torch.compile(self.block_fn, **kwargs)
+
+
+# Which decoders a family can feed; the first is `decoder=auto`.
+DECODERS = {
+    "vit": ("transformer",),
+    "convnext": ("unet", "block"),
+    "convnextv2": ("block", "unet"),
+    "shvit": ("fused",),
+}
+
+
+def build_decoder(
+    backbone: Backbone, kind: str, image_size: int, *, width: int | None, depth: int | None, heads: int | None
+) -> nn.Module:
+    """The pixel decoder of this name for this backbone; BackboneError names those that fit."""
+    fitting = DECODERS.get(backbone.family, ())
+    kind = fitting[0] if kind == "auto" and fitting else kind
+    if kind not in fitting:
+        known = f"decoders of {backbone.family}: {', '.join(fitting)}" if fitting else "it takes no pixel decoder"
+        raise BackboneError(f"objective.decoder={kind} does not fit {backbone.architecture}; {known}")
+    if kind == "transformer":
+        width = width or 512
+        heads = heads or 16
+        if width % heads or width % 4:
+            raise BackboneError(
+                f"objective.decoder_dim={width} must be divisible by 4 and by objective.decoder_heads={heads}"
+            )
+        return PixelTransformer(
+            backbone.embed_dim, backbone.cells(image_size), backbone.cell,
+            width=width, depth=depth or 8, heads=heads, prefix=backbone.prefix,
+        )  # fmt: skip
+    from . import pixel_conv
+
+    return pixel_conv.build(kind, backbone, image_size, width=width, depth=depth)
