@@ -1,0 +1,248 @@
+"""The command line: `selfsight <command> [key=value …]`, and `python train.py [key=value …]`, which says the same.
+
+What a command needs is imported only when it runs, so that `--help` and a config error answer in about a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+COMMANDS = {
+    "train": "selfsight.training.run:train",
+    "probe": "selfsight.probes.run:probe",
+    "export": "selfsight.interop.export:export",
+    "prepare": "selfsight.data.prepare:prepare",
+    "index": "selfsight.data.manifest:index",
+    "bench": "selfsight.bench:bench",
+    "show": "selfsight.show:show",
+    "doctor": "selfsight.doctor:doctor",
+}
+
+OVERVIEW = """\
+usage: selfsight <command> [key=value …]        selfsight <command> --help
+
+  train     pretrain a backbone on images                    selfsight train objective=mae backbone=vit_s
+  probe     k-NN or linear accuracy of a frozen backbone     selfsight probe checkpoint=runs/my-run
+  export    a folder that timm opens                         selfsight export checkpoint=runs/my-run out=my-model
+  prepare   images to well-formed shards                     selfsight prepare folder source=/d/images out=/d/shards
+  index     index shards ahead of time                       selfsight index data.train='/d/train-{000..099}.tar'
+  bench     speed of model, data, and both                   selfsight bench backbone=vit_s
+  show      summaries of run folders                         selfsight show runs/*
+  doctor    what works on this machine                       selfsight doctor
+
+  --help  --version  --cfg job (print the whole config and stop)
+"""
+
+TRAIN_KEYS = """\
+what         objective=   {objective}
+             backbone=    vit_nano vit_ti vit_s vit_b vit_l vit_h   shvit_s1 … shvit_s4
+                          convnext_tiny … convnext_large   convnextv2_atto … convnextv2_huge
+                          convnext_nano_lite convnextv2_nano_lite shvit_nano_lite
+                          timm backbone.name=<any timm model>
+             backbone.patch_size= .embed_dim= .depth= .num_heads=   image_size=   init_from=
+data         data=        {data}
+             data.train= data.val=   shard patterns        data.root= data.root_val=   folder, or text file of paths
+             data.mean= data.std=    numbers, or auto      num_workers=
+how long     max_steps=  or  max_epochs=  or  max_images=  batch_size= (over all processes)   seed=
+optimizer    optim.base_lr= (lr = base_lr * batch_size / 256)  optim.lr=  optim.weight_decay=
+             optim.warmup= (100 | 5% | 40ep)   optim.clip=
+machine      trainer.devices= trainer.num_nodes= trainer.accelerator= trainer.precision= trainer.strategy=
+             trainer.compile= trainer.max_batch_per_device=   deterministic= (data | exact)
+run folder   run_dir=   checkpoint.every_n_steps=   checkpoint.keep_last=   allow_change=
+             log_every_n_steps=   knn.every_n_steps= (0 = off)   logger= {logger}
+"""
+
+HELP = {
+    "train": """\
+Pretrain a backbone. The same command on the same run folder resumes.
+
+  {call}                                                  a few minutes on built-in images
+  {call} objective=mae backbone=vit_s data=folder data.root=/d/images
+  {call} backbone=vit_b data=shards data.train='/d/train-{{000000..000099}}.tar' trainer.devices=8
+  {call} experiment=mae_vit_b data.train='/d/train-{{000000..000099}}.tar'
+
+"""
+    + TRAIN_KEYS
+    + """\
+recipes      experiment=  {experiment}
+
+Everything else of a method is under objective.   --cfg job prints the whole config.
+""",
+    "bench": """\
+Images per second of the model alone, the data alone, and both; says which binds.
+
+  {call} backbone=vit_s batch_size=256
+  {call} data=folder data.root=/d/images seconds=20
+
+seconds=5    how long each part is measured; all keys of a training run apply:
+"""
+    + TRAIN_KEYS,
+    "probe": """\
+Accuracy of a frozen backbone; writes <out>/<probe>.json.
+
+  {call} checkpoint=runs/my-run
+  {call} checkpoint=runs/my-run probe=linear data=folder data.root=/d/train data.root_val=/d/val
+  {call} checkpoint=vit_small_patch16_224.dino data=shards data.train='/d/train-{{000..099}}.tar' out=probes
+
+what         checkpoint=  run folder, export folder, or the name of a timm model      which= student | teacher
+how          probe=       {probe}      probe.k=   probe.lrs=[0.1,0.3]   probe.epochs=
+data         data=        {data}      data.train= data.val= data.root= data.root_val=
+             image_size=  batch_size=  num_workers=  seed=  device=
+result       out=         folder for the JSON
+""",
+    "export": """\
+Write a folder that timm.create_model('local-dir:<out>', pretrained=True) opens.
+
+  {call} checkpoint=runs/my-run out=my-model
+
+checkpoint=  run folder      which= student | teacher
+out=         new folder      overwrite=true replaces an old one
+""",
+    "prepare": """\
+Turn images into well-formed shards; broken files are listed in <out>/report.json.
+
+  {call} folder source=/d/images out=/d/shards val_fraction=0.02 size=256
+  {call} list source=/d/paths.txt out=/d/shards
+  {call} shards source='/d/in-{{000..099}}.tar' out=/d/shards
+  {call} scenes out=/d/scenes count=5000 image_size=64
+
+input        kind= folder | list | shards | scenes (or the bare word)      source=      labels= auto | none
+output       out=   samples_per_shard=10000   val_fraction=0   seed=   workers=
+images       size= (shorter side; null keeps the bytes)   quality=90 (JPEG)
+scenes       count=5000   image_size=64
+""",
+    "index": """\
+Build the index side-cars of shards ahead of time.
+
+  {call} data.train='/d/train-{{000000..000099}}.tar' data.val='/d/val-{{000000..000009}}.tar'
+
+data.train= data.val=   shard patterns
+data.index_dir=         where the side-cars go when the data folder is read-only
+""",
+    "show": """\
+Print the summaries of run folders side by side.
+
+  {call} runs/*
+""",
+    "doctor": """\
+Check versions, devices, precision, data speed and disk space; exit code 1 when something would fail.
+
+  {call}
+  {call} data=shards data.train='/d/train-{{000000..000099}}.tar' run_dir=/scratch/runs
+
+data=        {data}, with data.train= or data.root= : also read some samples
+run_dir=     where runs will be written      num_workers=
+""",
+}
+
+
+def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
+    """Run one command. command: fixed by a script such as train.py, else the first argument. Returns the exit code:
+    0, 2 for anything the user can mend (one sentence on stderr), or the command's own."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    call = f"python {command}.py" if command else "selfsight"
+    try:
+        if "--version" in args:
+            print(_version())
+            return 0
+        if command is None:
+            if not args or args[0] in ("--help", "-h", "help"):
+                print(OVERVIEW, end="")
+                return 0
+            command, args = _command(args[0]), args[1:]
+            call = f"selfsight {command}"
+        if "--help" in args or "-h" in args:
+            print(_help(command, call), end="")
+            return 0
+        return _run(command, args)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, args: list[str]) -> int:
+    args, print_only = _flags(args)
+    cfg = _config(command, args)
+    if print_only:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(cfg), end="")
+        return 0
+    module, function = COMMANDS[command].split(":")
+    result = getattr(import_module(module), function)(cfg)
+    return result if isinstance(result, int) else 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """An error class of this package: a sentence for the user. Told by its module, so that nothing is imported."""
+    return any(cls.__module__.partition(".")[0] == "selfsight" for cls in type(error).__mro__)
+
+
+def _version() -> str:
+    from . import __version__
+
+    return f"selfsight {__version__}"
+
+
+def _command(word: str) -> str:
+    from .config import ConfigError, did_you_mean
+
+    if word in COMMANDS:
+        return word
+    hint = "commands come before key=value" if "=" in word else f"valid: {', '.join(COMMANDS)}"
+    raise ConfigError(f"unknown command {word!r}{did_you_mean(word, list(COMMANDS))}; {hint}")
+
+
+def _help(command: str, call: str) -> str:
+    from .config import options
+
+    words = {group: " | ".join(options(group)) for group in ("objective", "data", "probe", "logger")}
+    recipes = options("experiment")
+    rows = ["  ".join(recipes[i : i + 4]) for i in range(0, len(recipes), 4)]
+    return HELP[command].format(call=call, experiment=("\n" + " " * 26).join(rows), **words)
+
+
+def _flags(args: list[str]) -> tuple[list[str], bool]:
+    """Split off `--cfg job` (also `-c job`, `--cfg=job`)."""
+    from .config import ConfigError
+
+    rest, print_only, words = [], False, iter(args)
+    for word in words:
+        if word in ("--cfg", "-c", "--cfg=job"):
+            value = "job" if "=" in word else next(words, None)
+            if value != "job":
+                raise ConfigError(f"--cfg {value or ''} is not known: write --cfg job to print the whole config")
+            print_only = True
+        elif word.startswith("-") and word not in ("-m", "--multirun"):
+            raise ConfigError(f"unknown option {word}: there are --help, --version and --cfg job; keys are key=value")
+        else:
+            rest.append(word)
+    return rest, print_only
+
+
+def _config(command: str, args: list[str]) -> Any:
+    from . import config
+
+    if command == "show":
+        return _runs(args)
+    if command == "prepare" and args and args[0] in ("folder", "list", "shards", "scenes"):
+        args = [f"kind={args[0]}", *args[1:]]
+    return config.load(command, args)
+
+
+def _runs(args: list[str]) -> Any:
+    from omegaconf import OmegaConf
+
+    from .config import ConfigError
+
+    if not args:
+        raise ConfigError("show needs run folders, for example: selfsight show runs/*")
+    for word in args:
+        if "=" in word:
+            raise ConfigError(f"show takes run folders, not {word!r}, for example: selfsight show runs/*")
+    return OmegaConf.create({"runs": args})

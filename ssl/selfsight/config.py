@@ -1,0 +1,832 @@
+"""The configuration: what may be said, what it means, and one sentence for everything else.
+
+Hydra composes the groups of `conf/`; the dataclasses below say which keys exist, their types and ranges; `resolve`
+fills what is null: command line, then experiment, then the objective's recipe, then the backbone. Nothing here
+imports torch. A new objective is one YAML file in `conf/objective` and one dataclass in `SCHEMAS`.
+"""
+
+# ruff: noqa: RUF009  (the calls in dataclass defaults return dataclasses.field)
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A key, group or value is wrong; the message is one sentence that says what would work."""
+
+
+class Duration(NamedTuple):
+    """A stretch of training: amount in `unit` (steps | percent of the run | epochs)."""
+
+    amount: float
+    unit: str
+
+    def steps(self, total_steps: int, steps_per_epoch: float) -> int:
+        """Length in optimizer steps of a run of total_steps."""
+        per = {"steps": 1.0, "percent": total_steps / 100, "epochs": steps_per_epoch}[self.unit]
+        return round(self.amount * per)
+
+
+def duration(value: int | str) -> Duration:
+    """Parse 100 (steps), "5%" (of the run) or "40ep" (epochs); ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|ep)?", str(value).strip())
+    unit = match and {None: "steps", "%": "percent", "ep": "epochs"}[match[2]]
+    amount = float(match[1]) if match else 0.0
+    if not unit or (unit == "steps" and amount % 1) or (unit == "percent" and amount > 100):
+        raise ConfigError(f"{value!r} is no duration: write steps (100), a share of the run (5%) or epochs (40ep)")
+    return Duration(amount, unit)
+
+
+# --- rules: what a value may be; carried in the metadata of a dataclass field -------------------------------------
+
+
+class Rule(NamedTuple):
+    """`parse` returns the value in its final form or raises ValueError; `expects` finishes "expected …"."""
+
+    expects: str
+    parse: Callable[[Any], Any]
+
+
+def _field(default: Any, expects: str, parse: Callable[[Any], Any]) -> Any:
+    metadata = {"rule": Rule(expects, parse)}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _require(ok: bool, value: Any) -> Any:
+    if not ok:
+        raise ValueError
+    return value
+
+
+def one_of(default: str | None, *choices: str) -> Any:
+    """A word from a list."""
+    return _field(default, "one of " + ", ".join(choices), lambda v: _require(v in choices, v))
+
+
+def _bounds(noun: str, low: float | None, high: float | None) -> Rule:
+    span = {
+        (True, True): f" from {low} to {high}",
+        (True, False): f" of at least {low}",
+        (False, True): f" of at most {high}",
+        (False, False): "",
+    }[low is not None, high is not None]
+
+    def parse(v: float) -> float:
+        inside = (low is None or low <= v) and (high is None or v <= high)
+        return _require(math.isfinite(v) and inside, v)
+
+    return Rule(noun + span, parse)
+
+
+def integer(default: int | None, low: int | None = 1, high: int | None = None) -> Any:
+    """A whole number in [low, high]."""
+    return _field(default, *_bounds("a whole number", low, high))
+
+
+def number(default: float | None, low: float | None = 0.0, high: float | None = None) -> Any:
+    """A finite number in [low, high]."""
+    return _field(default, *_bounds("a number", low, high))
+
+
+def numbers(default: list[float] | None, count: int | None, low: float, high: float, rising: bool = False) -> Any:
+    """A list of numbers in [low, high], `count` of them, in rising order where asked."""
+
+    def parse(values: Any) -> list[float]:
+        found = [float(v) for v in values]
+        ordered = not rising or found == sorted(found)
+        length = len(found) == count if count else len(found) > 0
+        return _require(length and ordered and all(low <= v <= high for v in found), found)
+
+    example = "[0.2, 1.0]" if rising else "[0.9, 0.95]" if count == 2 else "[0.1, 0.3]"
+    return _field(default, f"{count or 'some'} numbers from {low:g} to {high:g} such as {example}", parse)
+
+
+def _auto_or_count(v: Any) -> Any:
+    return v if v == "auto" else _require(int(v) >= 1, int(v))
+
+
+def _auto_or_bool(v: Any) -> Any:
+    word = str(v).lower()
+    return _require(word in ("auto", "true", "false"), word if word == "auto" else word == "true")
+
+
+def _auto_or_floats(v: Any) -> Any:
+    if isinstance(v, str):
+        return _require(v == "auto", v)
+    return _require(len(v) > 0 and all(math.isfinite(float(x)) for x in v), [float(x) for x in v])
+
+
+def _patterns(v: Any) -> Any:
+    words = [v] if isinstance(v, str) else list(v)
+    if any(str(word).strip().startswith("pipe:") for word in words):
+        raise ConfigError(f"{v!r} would run a shell command; give paths or https addresses of tar files")
+    return _require(len(words) > 0 and all(isinstance(word, str) and word for word in words), v)
+
+
+def _warmup(v: Any) -> Any:
+    parsed = duration(v)
+    return int(parsed.amount) if parsed.unit == "steps" else str(v).strip()
+
+
+# --- schema ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Quick:
+    """What null keys fall back to on data=scenes when no duration is given (a few minutes on two cores)."""
+
+    batch_size: int | None = integer(None)
+    max_steps: int = integer(600)
+    base_lr: float | None = number(None)
+    weight_decay: float | None = number(None)
+    warmup: Any = _field(None, "steps (100), a share of the run (5%) or epochs (40ep)", _warmup)
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What null keys fall back to: the published recipe of the objective."""
+
+    batch_size: int = integer(4096)
+    max_epochs: int = integer(800)
+    base_lr: float = number(1.5e-4)
+    weight_decay: float = number(0.05)
+    betas: list[float] = numbers([0.9, 0.95], 2, 0, 1)
+    warmup_epochs: float = number(40)
+    min_lr: float = number(0.0)
+    clip: float | None = number(None)
+    quick: Quick = dataclasses.field(default_factory=Quick)
+
+
+@dataclasses.dataclass
+class MAE:
+    name: str = one_of("mae", "mae")
+    mask_ratio: float | None = number(None, 0.05, 0.95)
+    norm_pixels: bool = True
+    mask_unit: int | None = integer(None)
+    decoder: str = one_of("auto", "auto", "transformer", "block", "unet", "fused")
+    decoder_dim: int | None = integer(None)
+    decoder_depth: int | None = integer(None)
+    decoder_heads: int | None = integer(None)
+    crop_scale: list[float] = numbers([0.2, 1.0], 2, 0.01, 1, rising=True)
+    flip: float = number(0.5, 0, 1)
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+
+
+@dataclasses.dataclass
+class Decoder:
+    dim: int | None = integer(None)
+    depth: int | None = integer(None)
+    heads: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class BackboneConfig:
+    name: str | None = None
+    family: str | None = one_of(None, "vit", "convnext", "shvit", "timm")
+    patch_size: int | None = integer(None)
+    embed_dim: int | None = integer(None)
+    depth: int | None = integer(None)
+    num_heads: int | None = integer(None)
+    drop_path: float | None = number(None, 0, 0.95)
+    registers: int | None = integer(None, 0)
+    pos_resize: str | None = one_of("timm", "timm", "official")
+    image_size: int = integer(224, 8)
+    decoder: Decoder = dataclasses.field(default_factory=Decoder)
+
+
+@dataclasses.dataclass
+class Data:
+    name: str = one_of("shards", "shards", "folder", "scenes")
+    train: Any = _field(None, "a shard pattern such as /d/train-{000000..000099}.tar or a list of them", _patterns)
+    val: Any = _field(None, "a shard pattern such as /d/val-{000000..000009}.tar or a list of them", _patterns)
+    root: str | None = None
+    root_val: str | None = None
+    mode: str = one_of("exact", "exact", "stream")
+    labels: str = one_of("auto", "auto", "none")
+    index_dir: str | None = None
+    mean: Any = _field([0.485, 0.456, 0.406], "auto or one number per channel, [0.5, 0.5, 0.5]", _auto_or_floats)
+    std: Any = _field([0.229, 0.224, 0.225], "auto or one number per channel, [0.25, 0.25, 0.25]", _auto_or_floats)
+    channels: int = integer(3)
+    chunk: int = integer(1)
+    window: int = integer(128)
+    max_bad_fraction: float = number(0.01, 0, 1)
+    decoder: str = one_of("auto", "auto", "simplejpeg", "pillow")
+
+
+@dataclasses.dataclass
+class Scenes(Data):
+    size: int | None = integer(None, 16)
+    num_train: int = integer(5000)
+    num_val: int = integer(1000, 0)
+    num_classes: int = integer(10, 2)
+    seed: int = integer(0, 0)
+
+
+@dataclasses.dataclass
+class AdamW:
+    name: str = one_of("adamw", "adamw")
+    base_lr: float | None = number(None)
+    lr: float | None = number(None)
+    weight_decay: float | None = number(None)
+    betas: list[float] | None = numbers(None, 2, 0, 1)
+    eps: float = number(1e-8)
+    warmup: Any = _field(None, "steps (100), a share of the run (5%) or epochs (40ep)", _warmup)
+    min_lr: float | None = number(None)
+    clip: float | None = number(None)
+    clip_mode: str = one_of("global", "global", "per_tensor")
+    decay_rule: str = one_of("default", "default", "official")
+    schedule: str = one_of("cosine", "cosine")
+
+
+@dataclasses.dataclass
+class Trainer:
+    devices: Any = _field("auto", "auto or a whole number of at least 1", _auto_or_count)
+    num_nodes: int = integer(1)
+    accelerator: str = one_of("auto", "auto", "cpu", "gpu")
+    precision: str = one_of("auto", "auto", "32", "bf16-mixed", "16-mixed")
+    strategy: str = one_of("auto", "auto", "ddp")
+    compile: Any = _field(False, "auto, true or false", _auto_or_bool)
+    max_batch_per_device: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class Logger:
+    name: str = one_of("csv", "csv", "wandb")
+    project: str = "selfsight"
+    mode: str = one_of("auto", "online", "offline", "auto")
+    entity: str | None = None
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Launcher:
+    name: str = one_of("local", "local")
+
+
+@dataclasses.dataclass
+class KNNProbe:
+    name: str = one_of("knn", "knn")
+    k: int = integer(20)
+    temperature: float = number(0.07, 1e-4)
+    center: bool = True
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class LinearProbe:
+    name: str = one_of("linear", "linear")
+    lrs: list[float] = numbers([0.1], None, 1e-8, 1e4)
+    weight_decays: list[float] = numbers([0.0], None, 0, 10)
+    epochs: int = integer(50)
+    batch_size: int = integer(1024)
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class ViewKind:
+    n: int | None = integer(None, 0)
+    size: int | None = integer(None, 8)
+    scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every_n_steps: int | None = integer(None)
+    every_n_minutes: float | None = number(10, 0)
+    keep_last: int = integer(2)
+    keep_best: bool = True
+
+
+@dataclasses.dataclass
+class OnlineKNN:
+    every_n_steps: int | None = integer(None, 0)
+    bank: int = integer(2000)
+    queries: int = integer(1000)
+    k: int = integer(20)
+    temperature: float = number(0.07, 1e-4)
+
+
+@dataclasses.dataclass
+class Pictures:
+    every_n_steps: int | None = integer(None, 0)
+
+
+@dataclasses.dataclass
+class Train:
+    objective: Any = None
+    backbone: Any = None
+    data: Any = None
+    optim: Any = None
+    trainer: Any = None
+    logger: Any = None
+    launcher: Any = None
+    run_dir: str | None = None
+    seed: int = integer(0, 0)
+    batch_size: int | None = integer(None)
+    max_steps: int | None = integer(None)
+    max_epochs: float | None = number(None, 1e-6)
+    max_images: int | None = integer(None)
+    image_size: int | None = integer(None, 8)
+    num_workers: int | None = integer(None, 0)
+    init_from: str | None = None
+    adapt: str = "none"
+    deterministic: str = one_of("data", "data", "exact")
+    allow_change: bool = False
+    log_every_n_steps: int | None = integer(None)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    knn: OnlineKNN = dataclasses.field(default_factory=OnlineKNN)
+    pictures: Pictures = dataclasses.field(default_factory=Pictures)
+    eval: dict[str, Any] = dataclasses.field(default_factory=dict)
+    views: dict[str, ViewKind] = dataclasses.field(default_factory=lambda: {"global": ViewKind(), "local": ViewKind()})
+
+
+@dataclasses.dataclass
+class Bench(Train):
+    seconds: float = number(5, 0.1)
+
+
+@dataclasses.dataclass
+class Probe:
+    probe: Any = None
+    data: Any = None
+    checkpoint: str | None = None
+    which: str | None = one_of(None, "student", "teacher")
+    image_size: int | None = integer(None, 8)
+    batch_size: int = integer(256)
+    num_workers: int | None = integer(None, 0)
+    seed: int = integer(0, 0)
+    out: str | None = None
+    device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
+
+
+@dataclasses.dataclass
+class Export:
+    checkpoint: str | None = None
+    which: str | None = one_of(None, "student", "teacher")
+    out: str | None = None
+    overwrite: bool = False
+
+
+@dataclasses.dataclass
+class Prepare:
+    kind: str | None = one_of(None, "folder", "list", "shards", "scenes")
+    source: Any = _field(None, "a folder, a text file of paths, or a shard pattern", _patterns)
+    out: str | None = None
+    size: int | None = integer(None, 8)
+    quality: int = integer(90, 1, 100)
+    val_fraction: float = number(0.0, 0, 0.9)
+    samples_per_shard: int = integer(10000)
+    workers: int | None = integer(None, 0)
+    labels: str = one_of("auto", "auto", "none")
+    seed: int = integer(0, 0)
+    count: int = integer(5000)
+    image_size: int = integer(64, 16)
+
+
+@dataclasses.dataclass
+class Index:
+    data: Any = None
+
+
+@dataclasses.dataclass
+class Doctor:
+    data: Any = None
+    run_dir: str | None = None
+    num_workers: int | None = integer(None, 0)
+
+
+COMMANDS = {
+    "train": Train,
+    "bench": Bench,
+    "probe": Probe,
+    "export": Export,
+    "prepare": Prepare,
+    "index": Index,
+    "doctor": Doctor,
+}
+# The schema of a group's option; a single class where all options share it.
+SCHEMAS: dict[str, Any] = {
+    "objective": {"mae": MAE},
+    "backbone": BackboneConfig,
+    "data": {"shards": Data, "folder": Data, "scenes": Scenes},
+    "optim": AdamW,
+    "trainer": Trainer,
+    "logger": Logger,
+    "launcher": Launcher,
+    "probe": {"knn": KNNProbe, "linear": LinearProbe},
+}
+DURATIONS = ("max_steps", "max_epochs", "max_images")
+# Where it runs, how fast, what it writes: may differ on resume and leaves the name of the run folder alone.
+# The recipe and the backbone's decoder are defaults: what they led to stands in the keys that they filled.
+NOT_IN_RESULT = (
+    *("run_dir", "allow_change", "num_workers", "log_every_n_steps", "trainer", "logger", "launcher"),
+    *("checkpoint", "knn", "pictures", "objective.recipe", "backbone.decoder"),
+)
+
+
+# --- composing ----------------------------------------------------------------------------------------------------
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: inside an installed package, or at the root of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def options(group: str) -> list[str]:
+    """The names that may follow `group=`."""
+    return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml") if not p.stem.startswith("_"))
+
+
+def groups(command: str) -> list[str]:
+    """The groups of a command, from its defaults list."""
+    if not (path := conf_dir() / f"{command}.yaml").is_file():
+        raise ConfigError(f"the configuration folder {conf_dir()} has no {command}.yaml: reinstall selfsight")
+    found: list[str] = []
+    for entry in yaml.safe_load(path.read_text()).get("defaults", []):
+        if isinstance(entry, dict):
+            found += entry
+        elif entry != "_self_":
+            found += groups(entry)
+    return found
+
+
+def load(command: str, overrides: list[str]) -> DictConfig:
+    """The resolved, type-checked config of a command with `key=value` overrides; ConfigError in one sentence."""
+    known = groups(command)
+    choices, values = _split(command, overrides, known)
+    cfg = _compose(command, choices)
+    if given := [k for k in DURATIONS if values.get(k) not in (None, "null")]:
+        _one_duration(given)
+        for k in DURATIONS:  # the command line's duration replaces the experiment's, whatever its unit
+            cfg[k] = None
+    for key, text in values.items():
+        _assign(cfg, key, _parse(text, key), known)
+    _check_interpolations(cfg)
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"an interpolation does not resolve: {_first_line(error)}") from None
+    _apply_rules(cfg)
+    _check(command, cfg)
+    return resolve(cfg) if command in ("train", "bench") else cfg
+
+
+def _split(command: str, overrides: list[str], known: list[str]) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Overrides as (group -> option, key -> text); `~key` is key -> null, `+key` and `++key` are plain key."""
+    choices: dict[str, str] = {}
+    values: dict[str, str | None] = {}
+    for override in overrides:
+        if override in ("-m", "--multirun"):
+            raise ConfigError("multirun is not supported: start one command per run, for example from a shell loop")
+        key, equals, text = override.partition("=")
+        remove, key = key.startswith("~"), key.strip().lstrip("+~")
+        for target in re.findall(r"_target_\W+([\w.]+)", override):
+            _check_targets({"_target_": target}, override)
+        if not equals and not remove:
+            raise ConfigError(f"{override!r} has no '=': write key=value, for example {_example(key, command, known)}")
+        if equals and not text:
+            raise ConfigError(f"{key}= has no value: write {key}=null to leave it to the defaults")
+        if key in known:
+            choices[key] = _option(key, "null" if remove else text.strip("'\""))
+        else:
+            values[key] = None if remove else text
+    return choices, values
+
+
+def _example(key: str, command: str, known: list[str]) -> str:
+    if key in known:
+        return f"{key}={options(key)[0]}"
+    return {"export": "out=exported", "prepare": "out=/d/shards"}.get(command, "data=folder")
+
+
+def _option(group: str, name: str) -> str:
+    names = options(group)
+    if name in names or (name == "null" and group == "experiment"):
+        return name
+    hint = did_you_mean(name, names)
+    if group == "backbone":
+        hint += f" (any other timm model: backbone=timm backbone.name={name})"
+    raise ConfigError(f"unknown {group} {name!r}{hint}; valid: {', '.join(names)}")
+
+
+def _compose(command: str, choices: dict[str, str]) -> DictConfig:
+    """Hydra's groups and experiments, poured into the typed schema."""
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        raw = OmegaConf.to_container(compose(command, [f"{k}={v}" for k, v in choices.items()]), resolve=False)
+    _check_targets(raw, f"{conf_dir()}")
+    known = groups(command)
+    parts = {}
+    for group in known:
+        if group in raw and raw[group] is not None:
+            schema = SCHEMAS[group]
+            parts[group] = schema[raw[group]["name"]]() if isinstance(schema, dict) else schema()
+    cfg = OmegaConf.structured(COMMANDS[command](**parts))
+    OmegaConf.set_struct(cfg, True)
+    for key, value in _flatten(raw):
+        _assign(cfg, key, value, known)
+    if sum(cfg.get(k) is not None for k in DURATIONS if k in cfg) > 1:
+        _one_duration([k for k in DURATIONS if cfg[k] is not None])
+    return cfg
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _parse(text: str | None, key: str) -> Any:
+    """The value of `key=text`: null, a [list], or the text itself, which the type of the key converts."""
+    if text is None or text == "null":
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}={text} is no list: write {key}=[a,b], with quotes round odd characters") from None
+        _check_targets(value, key)
+        return value
+    return text
+
+
+def _assign(cfg: DictConfig, key: str, value: Any, known: list[str]) -> None:
+    """Set one key in the typed config; ConfigError for an unknown key or a value of the wrong type."""
+    *path, name = key.split(".")
+    node: Any = cfg
+    for depth, part in enumerate(path):
+        inner = node._get_node(part) if isinstance(node, DictConfig) and part in node.keys() else None  # noqa: SIM118
+        if not isinstance(inner, DictConfig) or inner._is_none():
+            raise _unknown(cfg, key, ".".join(path[: depth + 1]) if inner is None else key, known)
+        node = inner
+    if name not in node.keys():  # noqa: SIM118  (`in node` is false for values that are missing)
+        raise _unknown(cfg, key, key, known)
+    if isinstance(node._get_node(name), DictConfig):
+        inside = ", ".join(f"{key}.{k}" for k in node._get_node(name).keys())  # noqa: SIM118
+        raise ConfigError(f"{key} holds several keys: set one of {inside}" if inside else f"{key} takes no value yet")
+    try:
+        node[name] = value
+    except OmegaConfBaseException:
+        raise _wrong(node, name, key, value) from None
+
+
+def _wrong(node: DictConfig, name: str, key: str, value: Any) -> ConfigError:
+    fields = {f.name: f for f in dataclasses.fields(OmegaConf.get_type(node))}
+    rule = fields[name].metadata.get("rule")
+    expects = rule.expects if rule else "true or false" if fields[name].type.startswith("bool") else "text"
+    return ConfigError(f"{key}={_show(value)}: expected {expects}")
+
+
+def _show(value: Any) -> str:
+    value = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+    return "null" if value is None else str(value)
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for name in cfg:
+        node = cfg._get_node(name)
+        found.append(f"{prefix}{name}")
+        if isinstance(node, DictConfig) and not node._is_none():
+            found += _keys(node, f"{prefix}{name}.")
+    return found
+
+
+def _unknown(cfg: DictConfig, key: str, wrong: str, known: list[str]) -> ConfigError:
+    """The sentence for a key that does not exist: the nearest key, and what is valid beside it."""
+    if key.split(".")[0] == "data" and "data" in known:
+        return ConfigError(f"unknown key {key!r} with this data: choose data={'|'.join(options('data'))} first")
+    keys = _keys(cfg) + known
+    same_end = [k for k in keys if "." in k and k.rpartition(".")[2] == key.rpartition(".")[2]]
+    hint = f": did you mean {same_end[0]!r}?" if same_end else did_you_mean(key, keys)
+    parent = wrong.rpartition(".")[0]
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    return ConfigError(f"unknown key {key!r}{hint}; valid{' there' if parent else ''}: {', '.join(sorted(siblings))}")
+
+
+def did_you_mean(word: str, words: list[str]) -> str:
+    """ ": did you mean 'nearest'?", or nothing when no word is near."""
+    near = difflib.get_close_matches(word, words, 1, 0.5)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _check_targets(tree: Any, where: str) -> None:
+    """Refuse every `_target_` outside this package, at any depth: a config is data, never code."""
+    if isinstance(tree, dict):
+        target = tree.get("_target_")
+        if target is not None and not str(target).startswith("selfsight."):
+            raise ConfigError(f"{where}: _target_ may only name something in selfsight, not {target!r}")
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for item in tree:
+            _check_targets(item, where)
+
+
+def _check_interpolations(cfg: DictConfig) -> None:
+    for key, value in _flatten(OmegaConf.to_container(cfg, resolve=False)):
+        for item in value if isinstance(value, list) else [value]:
+            rest = re.sub(r"\$\{[A-Za-z_]\w*(\.\w+)*\}", "", item) if isinstance(item, str) else ""
+            if "${" in rest:
+                raise ConfigError(f"{key}={item}: only plain interpolations such as ${{image_size}} are allowed")
+
+
+def _apply_rules(cfg: DictConfig, prefix: str = "") -> None:
+    """Check ranges and choices, and bring values into their final form."""
+    schema = OmegaConf.get_type(cfg)
+    for field in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
+        value, rule = cfg[field.name], field.metadata.get("rule")
+        if rule and value is not None:
+            try:
+                cfg[field.name] = rule.parse(value)
+            except ConfigError as error:
+                raise ConfigError(f"{prefix}{field.name}: {error}") from None
+            except (ValueError, TypeError):
+                raise _wrong(cfg, field.name, prefix + field.name, value) from None
+    for name in cfg:
+        if isinstance(cfg[name], DictConfig):
+            _apply_rules(cfg[name], f"{prefix}{name}.")
+
+
+def _one_duration(given: list[str]) -> None:
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are both given: a run has one duration, keep one of them")
+
+
+def _check(command: str, cfg: DictConfig) -> None:
+    """What must be there, and keys that must agree."""
+    if command in ("probe", "export") and not cfg.checkpoint:
+        raise ConfigError(f"{command} needs checkpoint=, for example checkpoint=runs/mae-vit_nano-scenes-1a2b3c4d")
+    if command in ("export", "prepare") and not cfg.out:
+        raise ConfigError(f"{command} needs out=, the folder to write, for example out=my-{command}")
+    if command == "prepare":
+        _check_prepare(cfg)
+    if "data" in cfg and cfg.data is not None:
+        _check_data(cfg.data)
+    if "backbone" in cfg:
+        _check_backbone(cfg.backbone)
+
+
+def _check_prepare(cfg: DictConfig) -> None:
+    if not cfg.kind:
+        raise ConfigError("prepare needs a kind: folder, list, shards or scenes, for example kind=folder")
+    if cfg.kind != "scenes" and not cfg.source:
+        example = {"folder": "/d/images", "list": "/d/paths.txt", "shards": "'/d/in-{000..099}.tar'"}[cfg.kind]
+        raise ConfigError(f"prepare kind={cfg.kind} needs source=, for example source={example}")
+
+
+def _check_data(data: DictConfig) -> None:
+    needs = {"shards": ("train", "'/d/train-{000000..000099}.tar'"), "folder": ("root", "/d/images"), "scenes": None}
+    if (need := needs[data.name]) and not data[need[0]]:
+        raise ConfigError(f"data={data.name} needs data.{need[0]}=, for example data.{need[0]}={need[1]}")
+    for key, home in {"train": "shards", "val": "shards", "root": "folder", "root_val": "folder"}.items():
+        if data[key] and data.name != home:
+            raise ConfigError(f"data.{key} is not used by data={data.name}: add data={home}, or leave data.{key} out")
+    if data.mode == "stream" and data.name != "shards":
+        raise ConfigError(f"data.mode=stream reads shards only: use data=shards, or data.mode=exact with {data.name}")
+    for key in ("mean", "std"):
+        if data[key] != "auto" and len(data[key]) != data.channels:
+            found = _show(data[key])
+            raise ConfigError(f"data.{key}={found}: expected auto or {data.channels} numbers, one per channel")
+    if data.std != "auto" and min(data.std) <= 0:
+        raise ConfigError(f"data.std={_show(data.std)}: expected numbers above 0")
+
+
+def _check_backbone(backbone: DictConfig) -> None:
+    if not backbone.name:
+        raise ConfigError("backbone=timm needs backbone.name=, for example backbone.name=resnet18")
+    if backbone.family != "timm" and backbone.name not in options("backbone"):
+        raise ConfigError(f"backbone.name={backbone.name} goes with backbone=timm: add backbone=timm, or leave it out")
+    dim, heads = backbone.embed_dim, backbone.num_heads
+    if dim and heads and dim % heads:
+        raise ConfigError(f"backbone.embed_dim={dim} is not divisible by backbone.num_heads={heads}")
+
+
+# --- resolving ----------------------------------------------------------------------------------------------------
+
+
+def resolve(cfg: DictConfig) -> DictConfig:
+    """A copy in which every null that has a default is filled: from the quick recipe (data=scenes with no duration
+    given), then the objective's recipe, then the backbone. Resolving twice changes nothing."""
+    cfg = OmegaConf.create(cfg)
+    quick = cfg.data.name == "scenes" and all(cfg[k] is None for k in DURATIONS)
+    _fill(cfg, "image_size", cfg.backbone.image_size)
+    if cfg.data.name == "scenes":
+        _fill(cfg.data, "size", cfg.image_size)
+    _fill_recipe(cfg, cfg.objective.recipe, quick)
+    for key in ("dim", "depth", "heads"):
+        if f"decoder_{key}" in cfg.objective:
+            _fill(cfg.objective, f"decoder_{key}", cfg.backbone.decoder[key])
+    _fill(cfg, "log_every_n_steps", 10)
+    if cfg.run_dir is None:
+        words = "-".join((cfg.objective.name, cfg.backbone.name, cfg.data.name))
+        cfg.run_dir = f"runs/{re.sub(r'[^A-Za-z0-9_.-]+', '_', words)}-{result_hash(cfg)}"
+    return cfg
+
+
+def _fill(node: DictConfig, key: str, value: Any) -> None:
+    if node[key] is None:
+        node[key] = value
+
+
+def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
+    optim, fast = cfg.optim, recipe.quick
+    if quick:
+        cfg.max_steps = fast.max_steps
+        _fill(cfg, "batch_size", fast.batch_size)
+        if optim.lr is None:
+            _fill(optim, "base_lr", fast.base_lr)
+        _fill(optim, "weight_decay", fast.weight_decay)
+        _fill(optim, "warmup", fast.warmup)
+    # A shorter or longer run than the recipe's keeps the recipe's share of warm-up, not its length.
+    share = f"{100 * recipe.warmup_epochs / recipe.max_epochs:g}%"
+    if all(cfg[k] is None for k in DURATIONS):
+        cfg.max_epochs = recipe.max_epochs
+        share = f"{recipe.warmup_epochs:g}ep"
+    _fill(optim, "warmup", share)
+    _fill(cfg, "batch_size", recipe.batch_size)
+    for key in ("weight_decay", "betas", "min_lr", "clip"):
+        _fill(optim, key, recipe[key])
+    if optim.lr is None:
+        _fill(optim, "base_lr", recipe.base_lr)
+        optim.lr = optim.base_lr * cfg.batch_size / 256
+
+
+# --- identity, files ----------------------------------------------------------------------------------------------
+
+
+def _result(cfg: DictConfig) -> dict[str, Any]:
+    """Key -> value of everything that changes what is computed."""
+    pairs = _flatten(OmegaConf.to_container(cfg, resolve=True))
+    return {k: v for k, v in pairs if not any(k == skip or k.startswith(f"{skip}.") for skip in NOT_IN_RESULT)}
+
+
+def result_hash(cfg: DictConfig) -> str:
+    """Eight hex digits that change when, and only when, a key changes that changes the result."""
+    text = json.dumps(_result(cfg), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def diff(old: DictConfig, new: DictConfig) -> list[str]:
+    """One line "key: old -> new" for every result-changing key that differs; empty when a run may resume."""
+    a, b = _result(old), _result(new)
+    absent = "absent"
+    changed = [k for k in sorted({*a, *b}) if a.get(k, absent) != b.get(k, absent)]
+    return [f"{k}: {_show(a.get(k, absent))} -> {_show(b.get(k, absent))}" for k in changed]
+
+
+def save(cfg: DictConfig, path: Path | str) -> None:
+    """Write the config as YAML, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+    partial.replace(path)
+
+
+def read(path: Path | str) -> DictConfig:
+    """Read a saved config as plain data; ConfigError when it is missing, broken, or names foreign code."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: expected the config.yaml of a run folder") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {_first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no keys: expected the config.yaml of a run folder")
+    _check_targets(tree, str(path))
+    try:
+        cfg = OmegaConf.create(tree)
+        _check_interpolations(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path} is no valid config: {_first_line(error)}") from None
+    OmegaConf.set_struct(cfg, True)
+    return cfg
