@@ -7,9 +7,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def upcast(x: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are. For sums that half precision cannot hold."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def standardise(target: Tensor, eps: float = 1e-6) -> Tensor:
     """MAE's normalised pixel target: zero mean and unit *unbiased* variance over the last axis, eps in the root."""
-    target = target.float()
+    target = upcast(target)
     variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
     return (target - mean) * (variance + eps).rsqrt()
 

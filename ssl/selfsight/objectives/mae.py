@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..backbones import build_backbone
 from ..backbones.tokens import Backbone, BackboneError, Drop, Needs, patchify, pick, unpatchify
 from ..nn.decoders import build_decoder
-from ..nn.losses import standardise
+from ..nn.losses import standardise, upcast
 from ..views.masks import random_split
 from ..views.spec import Batch, Crop, Views
 from .objective import Logs, Objective
@@ -96,7 +96,7 @@ class MAE(Objective):
         if self.norm_pixels:
             target = standardise(target)
         pred = self.predict(images, batch["keep"], batch["hidden"])
-        loss = (pred.float() - target).square().mean()  # the count is constant, so this is the mean over hidden cells
+        loss = (upcast(pred) - target).square().mean()  # the count is constant, so this is the mean over hidden cells
         return loss, {"loss": loss.detach()}
 
     def exports(self) -> dict[str, Backbone]:
@@ -108,9 +108,10 @@ class MAE(Objective):
         images = batch["images"]["image"][0]
         cell, patches = self.student.cell, patchify(images, self.student.cell)
         hidden = batch["hidden"]
-        pred = self.predict(images, batch["keep"], hidden).float()
+        pred = self.predict(images, batch["keep"], hidden)
+        pred = upcast(pred)
         if self.norm_pixels:  # predictions are in each cell's own units: undo with the true cell's statistics
-            true = pick(patches, hidden).float()
+            true = upcast(pick(patches, hidden))
             variance, mean = torch.var_mean(true, dim=-1, keepdim=True)
             pred = pred * (variance + 1e-6).sqrt() + mean
         index = hidden[..., None].expand_as(pred)

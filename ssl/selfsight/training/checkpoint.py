@@ -1,0 +1,201 @@
+"""Checkpoints that survive: written beside their final name, hashed, synced, renamed; read only when they verify.
+
+    checkpoints/step-000012000/{model.safetensors, optim.safetensors, state.json, MANIFEST.json}
+    checkpoints/{latest, best}      small text files, replaced atomically after the folder is durable
+
+Nothing is pickled. Aliased tensors are stored once, under their first name. Free of Lightning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{9})$")
+
+
+class CheckpointError(ValueError):
+    """No usable checkpoint, or one that does not fit; the message says which file and why."""
+
+
+def unique_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module, each storage once (a teacher may share tensors with its student)."""
+    seen: set[tuple] = set()
+    state = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
+        if value.numel() and place in seen:
+            continue
+        seen.add(place)
+        state[name] = value.detach()
+    return state
+
+
+def load_unique_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Inverse of `unique_state`, in place; CheckpointError names what is missing, left over or of another shape."""
+    mine = unique_state(module)
+    missing, left = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+    wrong = [k for k in mine.keys() & state.keys() if mine[k].shape != state[k].shape]
+    if missing or left or wrong:
+        raise CheckpointError(
+            f"the checkpoint does not fit this model: {len(missing)} missing {missing[:3]}, {len(left)} left over "
+            f"{left[:3]}, {len(wrong)} of another shape {wrong[:3]}"
+        )
+    with torch.no_grad():
+        for name, value in mine.items():
+            value.copy_(state[name])
+
+
+def save(
+    folder: Path,
+    step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping,
+    *,
+    keep_last: int = 2,
+    best: bool = False,
+) -> Path:
+    """Write a checkpoint durably, then prune old ones (never the newest `keep_last` nor the best). Returns its path.
+
+    files: name -> tensors ("model", "optim"); meta: JSON-able. OSError leaves all earlier checkpoints as they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:09d}"
+    tmp = folder / f".tmp-{final.name}-{os.getpid()}"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    try:
+        for name, tensors in files.items():
+            cpu = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
+            save_file(cpu, tmp / f"{name}.safetensors")
+        (tmp / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | dict(meta), indent=1))
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(tmp.iterdir())}
+        for path in tmp.iterdir():
+            _fsync(path)
+        (tmp / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+        _fsync(tmp / "MANIFEST.json")
+        _fsync(tmp)
+        if final.exists():  # the same step again (a replay after a fall-back)
+            _remove(final)
+        tmp.rename(final)
+        _fsync(folder)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    _replace_text(folder / "latest", final.name)
+    if best:
+        _replace_text(folder / "best", final.name)
+    _prune(folder, keep_last)
+    return final
+
+
+def mark_best(folder: Path, path: Path) -> None:
+    """Let an existing checkpoint be the best one."""
+    _replace_text(folder / "best", path.name)
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint that was marked best, if it stands."""
+    try:
+        path = folder / (folder / "best").read_text().strip()
+    except OSError:
+        return None
+    return path if (path / "MANIFEST.json").exists() else None
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose files verify; warns about newer ones that do not. None when there is none."""
+    for _, path in sorted(_finished(folder), reverse=True):
+        problem = verify(path)
+        if problem is None:
+            return path
+        warnings.warn(f"{path} is damaged ({problem}); falling back to the one before it", stacklevel=2)
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """None if sizes and hashes of all files agree with the manifest, else what is wrong."""
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text())
+        for name, want in manifest.items():
+            file = path / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != want["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {want['bytes']}"
+            if _sha256(file) != want["sha256"]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"MANIFEST.json cannot be read: {error}"
+    return None
+
+
+def load(path: Path, file: str = "model") -> tuple[dict[str, Tensor], dict]:
+    """(tensors, meta) of a checkpoint folder."""
+    meta = json.loads((path / "state.json").read_text())
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {meta.get('format')}; this version reads format {FORMAT}")
+    return load_file(path / f"{file}.safetensors"), meta
+
+
+def _finished(folder: Path) -> Iterator[tuple[int, Path]]:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            match = _NAME.match(path.name)
+            if match and (path / "MANIFEST.json").exists():
+                yield int(match[1]), path
+
+
+def _prune(folder: Path, keep_last: int) -> None:
+    keep = {p.name for _, p in sorted(_finished(folder), reverse=True)[: max(1, keep_last)]}
+    if (top := best(folder)) is not None:
+        keep.add(top.name)
+    for _, path in list(_finished(folder)):
+        if path.name not in keep:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
+    path.rename(trash)  # gone at once for readers, also when deleting takes long or is killed
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed writer left behind."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith((".tmp-", ".trash-")):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    tmp = path.with_name(f".{path.name}-{os.getpid()}")
+    tmp.write_text(text + "\n")
+    _fsync(tmp)
+    tmp.replace(path)
+    _fsync(path.parent)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,99 @@
+"""The glue between an objective and Lightning's loop; nothing here knows about resuming or files."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from ..objectives.objective import Objective
+from ..views.photo import prepare
+from ..views.spec import Batch
+from .optim import build_adamw, clip_per_tensor, load_optimizer_state, param_groups
+from .schedules import Schedule
+
+
+class Module(pl.LightningModule):
+    """objective + schedules + one integer, `step`: the number of optimizer steps that this run has taken."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        optim: Any,
+        lr: Schedule,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        seed: int,
+        step: int = 0,
+        optimizer_state: dict[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        self.objective, self.optim, self.lr, self.seed, self.step = objective, optim, lr, seed, step
+        self.views = objective.views()
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self._optimizer_state = optimizer_state
+        self.last_batches: list[Batch] = []  # what a non-finite loss is reported with
+        self.last_logs: dict[str, Tensor] = {}
+        self.finite: Tensor | None = None  # stays on the device; read one step later
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = param_groups(self.objective, self.optim.weight_decay, self.optim.decay_rule)
+        optimizer = build_adamw(groups, self.optim.lr, self.optim.betas, self.optim.eps)
+        if self._optimizer_state is not None:
+            load_optimizer_state(optimizer, self._optimizer_state)
+            self._optimizer_state = None
+        return optimizer
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        events = batch.pop("events", [])
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return moved | {"events": events}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            ready = prepare(batch, self.views, self.mean, self.std)
+            ready = self.objective.draw(ready, self.step)
+        loss, logs = self.objective.loss(ready, self.step)
+        finite = torch.isfinite(loss.detach())
+        self.finite = finite if self.finite is None else self.finite & finite
+        self.last_batches = [*self.last_batches[-1:], batch]
+        self.last_logs = logs
+        return loss
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.objective.after_backward(self.step)
+        if self.optim.clip is None:
+            return
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        if self.optim.clip_mode == "per_tensor":
+            clip_per_tensor(parameters, self.optim.clip)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip, error_if_nonfinite=False)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        lr = self.lr(self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step(closure=optimizer_closure)
+        self.objective.after_step(self.step)
+        self.step += 1
+
+
+def micro_batches(batch_size: int, world: int, max_per_device: int | None) -> int:
+    """Micro-batches per optimizer step; ValueError says which numbers would divide."""
+    if batch_size % world:
+        fits = [n for n in range(1, world + 1) if batch_size % n == 0]
+        raise ValueError(
+            f"batch_size={batch_size} does not divide by {world} processes; use a multiple of {world}, "
+            f"or {', '.join(map(str, fits[-3:]))} processes"
+        )
+    local = batch_size // world
+    count = 1 if not max_per_device else math.ceil(local / max_per_device)
+    while local % count:
+        count += 1
+    return count
