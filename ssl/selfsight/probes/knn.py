@@ -1,0 +1,99 @@
+"""Weighted k-nearest neighbours (Wu et al., CVPR 2018, section 3.4) as in DINO (Caron et al., 2021, `eval_knn`).
+
+    S = cosine(query, bank);   score[c] = sum over the k most similar with label c of exp(S / T);   prediction = argmax
+
+Everything runs in float32 and exp is taken after subtracting the largest similarity: at T = 0.07 half precision
+overflows. The subtraction scales all scores of a query alike, so it moves no prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 4096  # queries per matrix product: bounds memory at CHUNK x bank similarities
+
+
+class KNN(NamedTuple):
+    """Accuracy in percent and the predicted class of every query, int64 [Q]."""
+
+    top1: float
+    top5: float
+    predictions: Tensor
+
+
+def standard_error(top1: float, queries: int) -> float:
+    """Binomial standard error of an accuracy, both in percent."""
+    share = top1 / 100
+    return 100 * math.sqrt(max(share * (1 - share), 0.0) / queries)
+
+
+def vote(similarity: Tensor, labels: Tensor, temp: float, num_classes: int) -> Tensor:
+    """Class scores [Q, num_classes] of neighbours with these similarities and labels, both [Q, k], best first."""
+    weight = ((similarity - similarity[:, :1]) / temp).exp()
+    return similarity.new_zeros(len(similarity), num_classes).scatter_add_(1, labels, weight)
+
+
+def neighbours(bank: Tensor, queries: Tensor, k: int, chunk: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
+    """Similarities and bank rows of the k nearest, [q, k] each, one chunk of queries at a time (unit-length inputs)."""
+    for part in queries.split(chunk):
+        yield (part @ bank.T).topk(k, dim=1)
+
+
+def knn(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    ks: Sequence[int] = (20,),
+    temps: Sequence[float] = (0.07,),
+    *,
+    center: bool = False,
+    num_classes: int | None = None,
+) -> dict[tuple[int, float], KNN]:
+    """Accuracy for every (k, temperature) from one pass over the similarities.
+
+    bank [N, D], queries [Q, D]: features of any float type, not yet normalised. labels: int64, all >= 0.
+    center: subtract the bank's mean from both first (removes the common direction that dominates the cosine of
+    untrained and pixel features). Raises ValueError rather than leaving anything out.
+    """
+    _check(bank, bank_labels, queries, query_labels, max(ks), temps)
+    bank, queries = bank.float(), queries.float()
+    if center:
+        mean = bank.mean(0)
+        bank, queries = bank - mean, queries - mean
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    classes = num_classes or int(max(bank_labels.max(), query_labels.max())) + 1
+    best: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temps}
+    for similarity, rows in neighbours(bank, queries, max(ks)):
+        labels = bank_labels[rows]
+        for (k, t), out in best.items():
+            scores = vote(similarity[:, :k], labels[:, :k], t, classes)
+            # A stable sort settles ties (classes without any vote) by class number, on every device.
+            out.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :5])
+    return {setting: _score(torch.cat(out), query_labels) for setting, out in best.items()}
+
+
+def _score(ranked: Tensor, labels: Tensor) -> KNN:
+    hit = ranked == labels[:, None]
+    return KNN(100 * hit[:, 0].double().mean().item(), 100 * hit.any(1).double().mean().item(), ranked[:, 0].cpu())
+
+
+def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int, temps: Sequence[float]):
+    for name, x, labels in (("bank", bank, bank_labels), ("query", queries, query_labels)):
+        if len(x) != len(labels) or not len(x):
+            raise ValueError(f"k-NN {name}: {len(x)} features and {len(labels)} labels; both must be equal and not 0")
+        if int(labels.min()) < 0:
+            missing = int((labels < 0).sum())
+            raise ValueError(f"k-NN {name}: {missing} of {len(labels)} samples have no label; all need one")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"k-NN {name}: features contain NaN or infinity; the backbone has diverged")
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k={k} neighbours of a bank of {len(bank)} samples; choose 1 <= k <= {len(bank)}")
+    if min(temps) <= 0:
+        raise ValueError(f"k-NN temperature {min(temps)} must be positive; 0.07 is usual")
