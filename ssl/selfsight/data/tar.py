@@ -107,7 +107,7 @@ def _refuse_not_tar(path: str, head: bytes, size: int) -> None:
             pipe = f"{command.split()[0]} -dc < '{path}' > plain.tar"
             repack = f"{command} '{path}'" if path.endswith(suffix) else pipe
             raise DataError(
-                f"{path} is compressed ({name}{'' if honest else ', whatever its name says'}), which cannot be read by position: "
+                f"{path} is compressed ({named}), which cannot be read by position: "
                 f"unpack it once with `{repack}`, or use data.mode=stream (not exactly resumable)"
             )
     if head.startswith(b"PK\x03\x04"):
