@@ -1,0 +1,447 @@
+"""WebDataset shards as samples by number: a small index beside each tar, and reads by position.
+
+The index of `X.tar` is `X.tar.idx` (beside it, else in the cache folder): one line of JSON, then plain arrays; no
+pickle. It holds keys, labels and the place of every field, is checked against the tar's size and modification time,
+and is rebuilt when they differ. All of it lives in numpy arrays, so a million samples cost no Python objects.
+
+A sample is what webdataset's naming rule says: members that share a key and stand together. Its image is the first
+of `IMAGES` that it has; `.cls` holds a whole number in ASCII; `.json` may hold one under "label" or "cls";
+`.mask.png`, `.objects.png` and `.boxes.json` are passed on undecoded. Other members are never read, so nothing that
+is pickled is ever opened.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import cache_dir
+from .source import DataError, Raw, SampleError
+from .tar import Member, Reader, scan, split_name, stamp
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
+FIELDS = {"cls": "cls", "json": "json", "mask.png": "mask", "objects.png": "objects", "boxes.json": "boxes"}
+EXTRA = ("mask", "objects", "boxes")
+NO_LABEL, IN_JSON, BAD_LABEL = -1, -2, -3  # codes in the label column
+_MAGIC = b"SELFSIGHT-INDEX 1\n"
+_EXAMPLES = 5
+
+
+# ---- the index file ------------------------------------------------------------------------------------------
+
+
+def save_index(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write an index so that readers see the old file or the whole new one, whatever else writes at the same time."""
+    header = header | {"arrays": [[name, a.dtype.str, list(a.shape)] for name, a in arrays.items()]}
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_MAGIC + json.dumps(header).encode() + b"\n")
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array).tobytes())
+        os.chmod(name, 0o644)  # noqa: PTH101
+        os.replace(name, path)  # noqa: PTH105
+    except BaseException:
+        os.unlink(name)  # noqa: PTH108
+        raise
+
+
+def load_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """Header and arrays (read-only) of an index; None if there is none, or none that can be used."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    start = data.find(b"\n", len(_MAGIC)) + 1
+    if not data.startswith(_MAGIC) or not start:
+        return None
+    try:
+        header, arrays = json.loads(data[len(_MAGIC) : start]), {}
+        for name, dtype, shape in header["arrays"]:
+            kind, count = np.dtype(dtype), int(np.prod(shape, dtype=np.int64))
+            arrays[name] = np.frombuffer(data, kind, count, start).reshape(shape)
+            start += kind.itemsize * count
+    except (ValueError, KeyError, TypeError):
+        return None  # cut short or from elsewhere: built again
+    return (header, arrays) if start == len(data) else None
+
+
+def pack(texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Strings as two arrays: all bytes, and where each string ends."""
+    parts = [text.encode("utf-8", "surrogateescape") for text in texts]
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64) if parts else np.zeros(0, np.int64)
+    return {"text": np.frombuffer(b"".join(parts), np.uint8), "ends": ends}
+
+
+def unpack(text: np.ndarray, ends: np.ndarray, number: int) -> str:
+    """String number `number` of `pack`."""
+    start = int(ends[number - 1]) if number else 0
+    return text[start : int(ends[number])].tobytes().decode("utf-8", "surrogateescape")
+
+
+def index_in_cache(path: str, index_dir: Path | None) -> Path:
+    """Where the index of a file or folder lies when it does not lie beside it: named by its absolute path."""
+    absolute = os.path.abspath(path)  # noqa: PTH100  (resolving links would tie the index to one mount)
+    name = f"{Path(absolute).name}-{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]}.idx"
+    return (index_dir or cache_dir() / "index") / name
+
+
+# ---- one shard -----------------------------------------------------------------------------------------------
+
+
+def _group(path: str, members: list[Member]) -> tuple[list[str], dict[str, list[tuple[int, int, int]]], dict]:
+    """Keys, field -> [(sample, offset, size)], and the odd image names of samples without an image."""
+    keys: list[str] = []
+    columns: dict[str, list[tuple[int, int, int]]] = {}
+    seen: dict[str, int] = {}
+    current, have, odd = None, {}, {}
+    for name, offset, size in members:
+        parts = split_name(name)
+        if parts is None:
+            continue
+        key, extension = parts
+        field = "image" if extension in IMAGES else FIELDS.get(extension)
+        if field is None and extension.rpartition(".")[2] not in IMAGES:
+            continue
+        if key != current:
+            if key in seen:
+                raise DataError(
+                    f"{path}: the members of key '{key}' do not stand together, or the key occurs twice: "
+                    "every key must occur once per shard (`tar --sort=name` keeps a sample's members together)"
+                )
+            current, have, seen[key] = key, {}, len(keys)
+            keys.append(key)
+        if extension in have:
+            raise DataError(f"{path}: key '{key}' has two .{extension} members: every key must occur once per shard")
+        have[extension] = True
+        if field is None:
+            odd.setdefault(len(keys) - 1, []).append(extension)
+        elif field != "image" or not any(IMAGES.index(e) < IMAGES.index(extension) for e in have if e in IMAGES):
+            columns.setdefault(field, []).append((len(keys) - 1, offset, size))
+    return keys, columns, odd
+
+
+def _table(n: int, rows: list[tuple[int, int, int]]) -> np.ndarray:
+    table = np.zeros((n, 2), np.int64)  # offset 0 is a tar header, so it can mean "has none"
+    if rows:
+        values = np.array(rows, np.int64)
+        table[values[:, 0]] = values[:, 1:]
+    return table
+
+
+def _read_labels(path: str, n: int, rows: list[tuple[int, int, int]], has_json: np.ndarray | None) -> np.ndarray:
+    labels = np.full(n, NO_LABEL, np.int64)
+    if has_json is not None:
+        labels[has_json[:, 0] > 0] = IN_JSON
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for sample, offset, size in rows:
+            text = os.pread(fd, min(size, 32), offset).strip()
+            labels[sample] = int(text) if re.fullmatch(rb"\d{1,9}|-1", text) else BAD_LABEL
+    finally:
+        os.close(fd)
+    return labels
+
+
+def build_index(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Scan one tar: header {stamp, n, key_hash, no_image, …} and arrays {image, label, mask, …, text, ends}.
+
+    image, json, mask, objects, boxes: int64 [n, 2], offset and size in bytes, (0, 0) = none. label: int64 [n].
+    """
+    before = stamp(path)
+    members = scan(path)
+    keys, columns, odd = _group(path, members)
+    if not keys:
+        found = sorted({Path(m.name).suffix or m.name for m in members})[:_EXAMPLES]
+        inside = f"only {', '.join(found)}" if found else "nothing"
+        hint = "; tars inside a tar must be unpacked first" if ".tar" in found else ""
+        raise DataError(f"{path} holds no samples (images: {', '.join(IMAGES)}), {inside}{hint}")
+    n, cls = len(keys), columns.pop("cls", [])
+    arrays = {field: _table(n, rows) for field, rows in columns.items()}
+    arrays.setdefault("image", np.zeros((n, 2), np.int64))
+    arrays["label"] = _read_labels(path, n, cls, arrays.get("json"))
+    missing = np.flatnonzero(arrays["image"][:, 0] == 0)
+    examples = [[keys[i], odd.get(int(i), [])[:_EXAMPLES]] for i in missing[:_EXAMPLES]]
+    arrays |= pack(keys)
+    if stamp(path) != before:
+        raise DataError(f"{path} is being written to: start again when it is finished")
+    digest = hashlib.sha256(arrays["text"].tobytes() + arrays["ends"].tobytes()).hexdigest()
+    header = {"stamp": before, "n": n, "key_hash": digest, "no_image": len(missing), "examples": examples}
+    return header, arrays
+
+
+def _write_beside(path: str) -> bool:
+    # Root may write anywhere; a folder without any write bit is still meant to be left alone.
+    folder = os.path.dirname(path) or "."  # noqa: PTH120
+    return os.access(folder, os.W_OK) and bool(stat.S_IMODE(os.stat(folder).st_mode) & 0o222)  # noqa: PTH116
+
+
+def open_index(path: str, index_dir: Path | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The index of one tar, from its side-car if that is fresh, else built and kept."""
+    if index_dir is not None:
+        places = [index_in_cache(path, index_dir)]
+    else:
+        places = [Path(path + ".idx"), index_in_cache(path, None)]
+    for place in places:
+        found = load_index(place)
+        if found and tuple(found[0].get("stamp", ())) == stamp(path) and "image" in found[1]:
+            return found
+    built = build_index(path)
+    for place in places:
+        if place.parent == Path(path).parent and index_dir is None and not _write_beside(path):
+            continue
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_index(place, *built)
+            break
+        except OSError as error:
+            if index_dir is not None:
+                raise DataError(f"data.index_dir={index_dir} cannot be written ({error.strerror})") from error
+    return built
+
+
+# ---- patterns ------------------------------------------------------------------------------------------------
+
+
+def nearby(path: str) -> str:
+    """What exists near a path that does not: the nearest folder and the tars in it."""
+    folder = Path(path).absolute().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    names = sorted(entry.name for entry in folder.iterdir())
+    tars = [name for name in names if ".tar" in name or name.endswith(".tgz")]
+    tars = [name for name in tars if not name.endswith(".idx")]
+    if tars:
+        return (
+            f"{folder} has {', '.join(tars[:_EXAMPLES])}{f' … ({len(tars):,} tars)' if len(tars) > _EXAMPLES else ''}"
+        )
+    some = ", ".join(names[:_EXAMPLES]) or "nothing"
+    return f"the nearest folder that exists is {folder}, which has no tars ({some}{' …' if len(names) > 5 else ''})"
+
+
+def split_patterns(patterns: str | Sequence[str]) -> list[str]:
+    """Single names from a pattern or a list of them: "::" separates, braces are expanded; `pipe:` is refused."""
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    pieces = [patterns] if isinstance(patterns, str) else list(patterns)
+    names: list[str] = []
+    for piece in (part.strip() for text in pieces for part in str(text).split("::")):
+        if piece.startswith("pipe:"):
+            raise DataError(f"{piece!r}: commands are not run to read data; give paths or http(s) addresses")
+        try:
+            literal = os.path.exists(os.path.expanduser(piece))  # noqa: PTH110, PTH111
+            names += [piece] if literal else list(braceexpand(piece))
+        except UnbalancedBracesError:
+            raise DataError(f"{piece!r}: the braces do not match; write e.g. train-{{000000..000099}}.tar") from None
+    names = [name for name in names if name]
+    if not names:
+        raise DataError("no shards are named: give e.g. data.train='/d/train-{000000..000099}.tar'")
+    return names
+
+
+def expand(patterns: str | Sequence[str]) -> list[str]:
+    """Existing local files for patterns with braces and globs, in order; DataError says what exists instead."""
+    found: list[str] = []
+    missing: list[str] = []
+    names = split_patterns(patterns)
+    for name in names:
+        if re.match(r"[a-z][a-z0-9+.-]+://", name) and not name.startswith("file://"):
+            raise DataError(f"{name} is remote: use data.mode=stream (http and https), or copy the shards first")
+        path = os.path.expanduser(name.removeprefix("file://").removeprefix("file:"))  # noqa: PTH111
+        if os.path.isdir(path):  # noqa: PTH112
+            raise DataError(
+                f"{path} is a folder: name its shards, e.g. '{path.rstrip('/')}/*.tar' ({nearby(path + '/x')})"
+            )
+        if os.path.exists(path):  # noqa: PTH110
+            found.append(path)
+        elif glob.has_magic(path):
+            matches = sorted(glob.glob(path, recursive=True))  # noqa: PTH207
+            if not matches:
+                raise DataError(f"no file matches {path}: {nearby(path)}")
+            found += matches
+        else:
+            missing.append(path)
+    if missing:
+        count = (
+            f"{len(missing):,} of {len(names):,} shards are missing, the first is " if len(names) > 1 else "no shard "
+        )
+        raise DataError(f"{count}{missing[0]}: {nearby(missing[0])}")
+    twice = {path for path in found if found.count(path) > 1} if len(set(found)) < len(found) else set()
+    if twice:
+        raise DataError(f"{min(twice)} is named twice: name every shard once")
+    return found
+
+
+# ---- labels --------------------------------------------------------------------------------------------------
+
+
+def read_classes(path: Path) -> tuple[list[str], bool] | None:
+    """Class names from a classes.json, and whether they are those of the labels (not of a segmentation mask).
+
+    A list; {"classes": list}; {"name": number}; or {"number": "name"}. None if there is no such file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        of_labels = not (isinstance(content, dict) and content.get("task") == "segmentation")
+        names = content.get("classes", content) if isinstance(content, dict) else content
+        if isinstance(names, dict):
+            if all(str(key).isdigit() for key in names):
+                names = {value: int(key) for key, value in names.items()}
+            names = [str(name) for name, _ in sorted(names.items(), key=lambda item: int(item[1]))]
+        if not isinstance(names, list) or not names:
+            raise TypeError
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is not a list of class names, nor {{name: number}}: correct or remove it") from error
+    return [str(name) for name in names], of_labels
+
+
+def json_label(data: bytes, where: str) -> int:
+    """The whole number under "label" or "cls" of a .json member, -1 if it has neither; SampleError otherwise."""
+    try:
+        content = json.loads(data)
+    except ValueError:
+        raise SampleError(where, "its .json cannot be parsed (data.labels=none ignores it)") from None
+    value = next((content[k] for k in ("label", "cls") if k in content), None) if isinstance(content, dict) else None
+    if value is None:
+        return NO_LABEL
+    if isinstance(value, bool) or not re.fullmatch(r"\d{1,9}|-1", str(value)):
+        raise SampleError(where, f"its label {value!r} in .json is not a whole number (data.labels=none ignores it)")
+    return int(value)
+
+
+# ---- the source ----------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """Samples of local tar shards by number; implements `data.source.Source`.
+
+    patterns: paths with braces `{000000..000099}` or globs, "::" between several, or a list of such.
+    index_dir: where to keep the indexes (None: beside the shards, else the cache folder).
+    labels: "auto" reads .cls and .json; "none" ignores them. fields: which of mask, objects, boxes to read.
+    no_image counts samples without an image, `no_image_examples` names the first of them.
+    """
+
+    def __init__(
+        self,
+        patterns: str | Sequence[str],
+        index_dir: Path | None = None,
+        *,
+        labels: str = "auto",
+        fields: Sequence[str] = EXTRA,
+        describe: str | None = None,
+    ):
+        from tqdm import tqdm
+
+        self.paths = expand(patterns)
+        index_dir = None if index_dir is None else Path(index_dir)
+        with ThreadPoolExecutor(min(8, len(self.paths))) as pool:  # scanning waits on slow storage, not on the CPU
+            work = pool.map(lambda path: open_index(path, index_dir), self.paths)
+            found = list(tqdm(work, "indexing shards (once)", len(self.paths), leave=False, delay=2, disable=None))
+        headers = [header for header, _ in found]
+        self.lengths: list[int] = [int(header["n"]) for header in headers]
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._reader = Reader(self.paths, [tuple(header["stamp"]) for header in headers])
+        self._columns([arrays for _, arrays in found])
+        self._fields = tuple(field for field in fields if field in self._at)
+        self._labels_on = labels != "none"
+        self.has_objects = "objects" in self._at or "boxes" in self._at
+        self.no_image = sum(header["no_image"] for header in headers)
+        self.no_image_examples = [
+            _without_image(path, *example)
+            for path, header in zip(self.paths, headers)
+            for example in header["examples"]
+        ][:_EXAMPLES]
+        names = read_classes(Path(self.paths[0]).parent / "classes.json")
+        self.classes: list[str] | None = names[0] if names else None
+        self._num_labels = len(names[0]) if names and names[1] else None
+        self.labelled = self._labels_on and any(self._first_label(id) for id in range(min(64, len(self))))
+        lines = [[Path(p).name, h["stamp"][0], h["n"], h["key_hash"]] for p, h in zip(self.paths, headers)]
+        self.fingerprint = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+        more = f" … ({len(self.paths):,} files)" if len(self.paths) > 1 else ""
+        self.describe = describe or f"shards {self.paths[0]}{more}"
+
+    def _columns(self, shards: list[dict[str, np.ndarray]]) -> None:
+        """Join the shards' arrays into one column per field."""
+        self._at = {
+            field: np.concatenate([a.get(field, np.zeros((len(a["label"]), 2), np.int64)) for a in shards])
+            for field in ("image", "json", *EXTRA)
+            if any(field in a for a in shards)
+        }
+        self._label = np.concatenate([a["label"] for a in shards])
+        before = np.concatenate([[0], np.cumsum([len(a["text"]) for a in shards])])
+        self._text = np.concatenate([a["text"] for a in shards])
+        self._ends = np.concatenate([a["ends"] + start for a, start in zip(shards, before)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def key(self, id: int) -> str:
+        """The key of a sample, without reading it."""
+        return unpack(self._text, self._ends, id)
+
+    def shard(self, id: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self._starts, id, side="right")) - 1
+
+    def where(self, id: int) -> str:
+        """File and key of a sample, for messages."""
+        return f"{self.paths[self.shard(id)]}, key {self.key(id)}"
+
+    def _first_label(self, id: int) -> bool:
+        try:
+            return self.label(id) != NO_LABEL
+        except SampleError:
+            return True
+
+    def label(self, id: int) -> int:
+        """The label of a sample (-1: none) without reading its image; SampleError if it has an unusable one."""
+        value = int(self._label[id]) if self._labels_on else NO_LABEL
+        if value == IN_JSON:
+            value = json_label(self._reader.read(self.shard(id), *map(int, self._at["json"][id])), self.where(id))
+        if value == BAD_LABEL:
+            raise SampleError(self.where(id), "its .cls is not a whole number (data.labels=none ignores it)")
+        if self._num_labels is not None and value >= self._num_labels:
+            raise SampleError(
+                self.where(id), f"its label {value} is out of range: classes.json has {self._num_labels} classes"
+            )
+        return value
+
+    def read(self, id: int) -> Raw:
+        """The undecoded sample; SampleError if it has no image or an unusable label, DataError if the tar changed."""
+        if not 0 <= id < len(self):
+            raise IndexError(f"sample {id} of {len(self)}")
+        where, shard = self.where(id), self.shard(id)
+        at = {field: tuple(map(int, self._at[field][id])) for field in ("image", *self._fields)}
+        at = {field: place for field, place in at.items() if place[0]}
+        if not at.get("image", (0, 0))[1]:
+            raise SampleError(where, "the image is empty (0 bytes)" if "image" in at else _NO_IMAGE)
+        label = self.label(id)
+        first = min(offset for offset, _ in at.values())
+        last = max(offset + size for offset, size in at.values())
+        if last - first <= sum(size for _, size in at.values()) + 4096:  # neighbours: one request for all
+            span = self._reader.read(shard, first, last - first)
+            got = {field: span[offset - first : offset - first + size] for field, (offset, size) in at.items()}
+        else:
+            got = {field: self._reader.read(shard, *place) for field, place in at.items()}
+        return Raw(key=self.key(id), image=got.pop("image"), label=label, where=where, **got)
+
+
+_NO_IMAGE = f"no image among its members (images end in {', '.join(IMAGES)}, right after the key's first dot)"
+
+
+def _without_image(path: str, key: str, odd: list[str]) -> str:
+    dots = f" (found .{', .'.join(odd)}: a dot in a name ends the key, so rename the files)" if odd else ""
+    return f"{path}, key {key}{dots}"
