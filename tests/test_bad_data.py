@@ -40,7 +40,7 @@ def test_a_shard_that_is_a_jpeg_is_no_tar(tmp_path):
 
 
 def test_an_empty_archive_and_one_without_images_are_refused(tmp_path):
-    with pytest.raises(DataError, match="holds no samples .*, nothing"):
+    with pytest.raises(DataError, match=r"holds no samples .*, nothing"):
         Shards(write(tmp_path / "t.tar", []))
     with pytest.raises(DataError, match=r"holds no samples .*only \.npy"):
         Shards(write(tmp_path / "u.tar", [("x.npy", b"1")]))

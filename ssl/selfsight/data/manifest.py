@@ -223,9 +223,8 @@ def nearby(path: str) -> str:
     tars = [name for name in names if ".tar" in name or name.endswith(".tgz")]
     tars = [name for name in tars if not name.endswith(".idx")]
     if tars:
-        return (
-            f"{folder} has {', '.join(tars[:_EXAMPLES])}{f' … ({len(tars):,} tars)' if len(tars) > _EXAMPLES else ''}"
-        )
+        more = f" … ({len(tars):,} tars)" if len(tars) > _EXAMPLES else ""
+        return f"{folder} has {', '.join(tars[:_EXAMPLES])}{more}"
     some = ", ".join(names[:_EXAMPLES]) or "nothing"
     return f"the nearest folder that exists is {folder}, which has no tars ({some}{' …' if len(names) > 5 else ''})"
 
@@ -260,9 +259,8 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
             raise DataError(f"{name} is remote: use data.mode=stream (http and https), or copy the shards first")
         path = os.path.expanduser(name.removeprefix("file://").removeprefix("file:"))  # noqa: PTH111
         if os.path.isdir(path):  # noqa: PTH112
-            raise DataError(
-                f"{path} is a folder: name its shards, e.g. '{path.rstrip('/')}/*.tar' ({nearby(path + '/x')})"
-            )
+            example = f"{path.rstrip('/')}/*.tar"
+            raise DataError(f"{path} is a folder: name its shards, e.g. '{example}' ({nearby(example)})")
         if os.path.exists(path):  # noqa: PTH110
             found.append(path)
         elif glob.has_magic(path):
@@ -273,10 +271,10 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
         else:
             missing.append(path)
     if missing:
-        count = (
-            f"{len(missing):,} of {len(names):,} shards are missing, the first is " if len(names) > 1 else "no shard "
-        )
-        raise DataError(f"{count}{missing[0]}: {nearby(missing[0])}")
+        many = f"{len(missing):,} of {len(names):,} shards are missing, the first is"
+        packed = f"{missing[0]}.gz" if os.path.exists(f"{missing[0]}.gz") else ""  # noqa: PTH110
+        hint = f"unpack {packed} with `gunzip -k`, or use data.mode=stream" if packed else nearby(missing[0])
+        raise DataError(f"{many if len(names) > 1 else 'no shard'} {missing[0]}: {hint}")
     twice = {path for path in found if found.count(path) > 1} if len(set(found)) < len(found) else set()
     if twice:
         raise DataError(f"{min(twice)} is named twice: name every shard once")
