@@ -1,0 +1,99 @@
+"""The model card of an exported backbone: how it was made, and how to load it in four lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Keys of the card that get a row of their own, in this order; whatever else is given follows under its own name.
+ROWS = {
+    "objective": "Objective",
+    "backbone": "Backbone",
+    "which": "Weights",
+    "data": "Data",
+    "step": "Steps",
+    "images_seen": "Images seen",
+    "image_size": "Image size",
+    "batch_size": "Batch size",
+    "recipe": "Recipe",
+    "knn": "k-NN (%)",
+    "knn_untrained": "k-NN, untrained (%)",
+    "knn_raw_pixels": "k-NN, raw pixels (%)",
+    "note": "Note",
+    "versions": "Versions",
+    "git": "Git",
+    "command": "Command",
+}
+
+TEMPLATE = """---
+library_name: timm
+tags:
+- image-feature-extraction
+- self-supervised-learning
+- timm
+# license: add one before you publish; it depends on your data as well as on you
+---
+# {title}
+
+A `{architecture}` backbone, pretrained without labels by selfsight.
+It has no classifier: it turns images into features.
+
+## Load it in four lines
+
+```python
+import timm
+
+model = timm.create_model("local-dir:{out}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+features = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {num_features}]
+```
+
+`pretrained=True` matters: without it timm builds the architecture with random weights and does not say so.
+`num_classes=10` adds a fresh classifier, `features_only=True` returns feature maps{resize}.
+`model.forward_features(x)` returns the tokens or the last map.
+
+## How it was made
+
+| | |
+|---|---|
+{rows}
+
+Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
+"""
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def table(card: Mapping[str, Any]) -> str:
+    """The card's entries as rows of a Markdown table; empty ones are left out."""
+    names = [k for k in ROWS if k in card] + [k for k in card if k not in ROWS]
+    kept = [(k, card[k]) for k in names if card[k] is not None and card[k] != {}]
+    quoted = {"command": "`{}`"}
+    return "\n".join(f"| {ROWS.get(k, k)} | {quoted.get(k, '{}').format(_cell(v))} |" for k, v in kept)
+
+
+def write_card(config: Mapping[str, Any], card: Mapping[str, Any], out: str) -> str:
+    """README.md of an export folder at `out`, from its config.json and the facts of the run."""
+    pretrained = config["pretrained_cfg"]
+    title = " · ".join(str(card[k]) for k in ("objective", "backbone") if card.get(k)) or config["architecture"]
+    resize = ", `img_size=…` another input size" if pretrained["fixed_input_size"] else ""
+    return TEMPLATE.format(
+        title=title,
+        architecture=config["architecture"],
+        out=out,
+        num_features=config["num_features"],
+        resize=resize,
+        rows=table(card),
+        mean=[round(m, 4) for m in pretrained["mean"]],
+        std=[round(s, 4) for s in pretrained["std"]],
+    )
