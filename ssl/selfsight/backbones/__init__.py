@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .tokens import Backbone, Needs
 
-__all__ = ["NAMES", "build_backbone"]
+__all__ = ["NAMES", "backbone_args", "build_backbone"]
 
 _NANO = {"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 8}
 
@@ -57,9 +57,15 @@ def family_of(name: str) -> tuple[str, str, dict[str, Any]]:
         import difflib
 
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        raise BackboneError(f"timm has no model called '{name}'; nearest: {', '.join(near) or 'see timm.list_models()'}")
+        hint = f"nearest: {', '.join(near)}" if near else "see timm.list_models()"
+        raise BackboneError(f"timm has no model called '{name}'; {hint}")
     module = timm.model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
     return _MODULES.get(module, "timm"), architecture, {}
+
+
+def backbone_args(node: Any) -> dict[str, Any]:
+    """The keyword arguments of `build_backbone` in a config's `backbone` group."""
+    return {k: v for k, v in node.items() if v is not None and k not in ("family", "image_size", "decoder")}
 
 
 def build_backbone(

@@ -119,9 +119,6 @@ class Backbone(nn.Module):
         """Compile the walker of one block (few graphs, short cold start, no state): `torch.compile(**kwargs)`."""
         self.block_fn = torch.compile(self.block_fn, **kwargs)
 
-    def set_norm(self, mean: Tensor, std: Tensor) -> None:  # noqa: B027  (most families have no use for it)
-        """Told once how images are normalised (a family that paints hidden pixels may want to know)."""
-
 
 def pick(x: Tensor, ids: Tensor) -> Tensor:
     """Gather tokens: x [B, N, ...], ids int64 [B, K] -> [B, K, ...]."""

@@ -77,7 +77,7 @@ class Samples(Dataset):
             snapped = snap(placed[crop.name], factor, height, width)
             boxes[crop.name][:, i] = snapped
             for v, box in enumerate(snapped):
-                cell = tuple(int(round(float(x) / factor)) for x in box)
+                cell = tuple(round(float(x) / factor) for x in box)
                 crops[crop.name][v, i] = cut(image, cell, crop.size, crop.interpolation)
         return height, width
 

@@ -45,8 +45,7 @@ def permute(index: np.ndarray, n: np.ndarray | int, key: np.ndarray | int) -> np
     index int64 [B], 0 <= index < n; n and key (uint64) scalars or [B] -> int64 [B].
     """
     x, size, keys = (
-        np.array(a, dtype=np.uint64)
-        for a in np.broadcast_arrays(index, n, np.asarray(key, dtype=np.uint64))
+        np.array(a, dtype=np.uint64) for a in np.broadcast_arrays(index, n, np.asarray(key, dtype=np.uint64))
     )
     # Half the width of the smallest even-width power of two that holds n; cycle walking needs < 4 tries on average.
     width = np.array([max(1, (int(v) - 1).bit_length()) for v in np.unique(size)], dtype=np.uint64)

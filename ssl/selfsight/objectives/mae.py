@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import build_backbone
+from ..backbones import backbone_args, build_backbone
 from ..backbones.tokens import Backbone, BackboneError, Drop, Needs, patchify, pick, unpatchify
 from ..nn.decoders import build_decoder
 from ..nn.losses import standardise, upcast
@@ -63,8 +63,7 @@ class MAE(Objective):
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> MAE:
         o, size = cfg.objective, cfg.image_size
-        kwargs = {k: v for k, v in cfg.backbone.items() if k not in ("name", "family", "image_size", "decoder")}
-        backbone = build_backbone(cfg.backbone.name, cls.needs, image_sizes=(size,), adapt=cfg.adapt, **kwargs)
+        backbone = build_backbone(needs=cls.needs, image_sizes=(size,), adapt=cfg.adapt, **backbone_args(cfg.backbone))
         if o.mask_unit not in (None, backbone.cell):
             raise BackboneError(
                 f"objective.mask_unit={o.mask_unit} is not the {backbone.cell} px that {cfg.backbone.name} can hide; "

@@ -58,7 +58,7 @@ class Objective(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith(("_token", "pos_embed", "mask_tokens"))}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures of a prepared and drawn batch: name -> float [B, 3, H, W] in normalised units (the caller de-normalises)."""
+        """Pictures of a prepared and drawn batch: name -> float [B, 3, H, W] in the units of batch["images"]."""
         return {}
 
     def compile(self, **kwargs) -> None:  # type: ignore[override]

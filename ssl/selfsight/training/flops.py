@@ -48,9 +48,7 @@ def step_flops_per_image(objective: Objective, batch: int = 2) -> float:
     for old, new in list(zip(objective.parameters(), [memo[id(p)] for p in objective.parameters()], strict=True)):
         memo[id(old)] = torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad)
     ghost = copy.deepcopy(objective, memo)
-    images = {
-        c.name: torch.empty(c.count, batch, 3, c.size, c.size, device="meta") for c in objective.views().crops
-    }
+    images = {c.name: torch.empty(c.count, batch, 3, c.size, c.size, device="meta") for c in objective.views().crops}
     drawn = {"key": torch.zeros(batch, dtype=torch.int64, device="meta"), "images": images}
     with FlopCounterMode(display=False) as counter:
         loss, _ = ghost(drawn, 0)

@@ -1,0 +1,62 @@
+"""Lightning's trainer with the parts switched off that lose work or wait: one small place.
+
+Off: its checkpoints (not atomic), its signal handlers (they write inside the handler and hang when one process is
+signalled), its per-step broadcast (a host synchronisation), its samplers, loggers and progress bar.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+
+def precision_of(wanted: str, on_gpu: bool) -> str:
+    """auto: bf16-mixed where a GPU supports it, 16-mixed on other GPUs, 32 on CPU."""
+    if wanted != "auto":
+        return "32-true" if wanted == "32" else wanted
+    if not on_gpu:
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def make_trainer(cfg: Any, callbacks: list[pl.Callback], micro_batches: int = 1) -> pl.Trainer:
+    """A trainer for one run of the remaining steps as a single epoch."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    on_gpu = cfg.trainer.accelerator == "gpu" or (cfg.trainer.accelerator == "auto" and torch.cuda.is_available())
+    devices = cfg.trainer.devices
+    if devices == "auto":
+        devices = torch.cuda.device_count() if on_gpu else int(os.environ.get("WORLD_SIZE", "1"))
+    exact = cfg.deterministic == "exact"
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    many = devices * cfg.trainer.num_nodes > 1 or cfg.trainer.strategy == "ddp"
+    trainer = pl.Trainer(
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=devices,
+        num_nodes=cfg.trainer.num_nodes,
+        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if many else "auto",
+        precision=precision_of(cfg.trainer.precision, on_gpu),
+        max_epochs=1,
+        accumulate_grad_batches=micro_batches,
+        deterministic=exact,
+        benchmark=on_gpu and not exact,
+        callbacks=callbacks,
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer

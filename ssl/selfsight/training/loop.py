@@ -1,0 +1,277 @@
+"""What happens after every optimizer step: agree, log, evaluate, save, stop. Everything is counted in steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import checkpoint
+from .log import Bar, Metrics, Speed, duration, log_line
+from .module import Module
+from .optim import optimizer_state
+from .stop import Agreement, Clock, StopFlag
+
+
+class RunStopped(RuntimeError):
+    """The run ended before its last step, for a reason that is not a bug; `code` is the exit status."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Plan:
+    """Numbers that are fixed for the run."""
+
+    run_dir: Path
+    total_steps: int
+    batch_size: int
+    micro_batches: int
+    num_samples: int
+    steps_per_epoch: float
+    log_every: int
+    knn_every: int  # 0 = only at the end
+    save_every: int | None
+    save_minutes: float | None
+    keep_last: int
+    keep_best: bool
+    max_bad: int
+    meta: dict = field(default_factory=dict)  # goes into every checkpoint
+    flops_per_image: float | None = None
+    peak_flops: float | None = None  # of all devices together
+
+
+class AfterStep(pl.Callback):
+    """Runs on every process; only rank 0 writes. `evaluate(step)` returns numbers for the log (rank 0)."""
+
+    def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int], dict[str, float]], sink: Any = None):
+        self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, sink
+        self.speed, self.clock = Speed(), Clock(plan.save_minutes)
+        self.sums: dict[str, Tensor] = {}
+        self.summed = 0
+        self.bad: dict[int, Any] = {}
+        self.stopped: RunStopped | None = None
+        self.failed_saves = 0
+        self.projected = False
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
+        self.flag.install()  # Lightning may have put its own handlers there
+        self.agreement, self.seen = Agreement(), module.step
+        self.rank = trainer.global_rank
+        self.metrics = Metrics(self.plan.run_dir / "metrics.csv", module.step) if self.rank == 0 else None
+        self.bar = Bar(self.plan.total_steps, module.step, self.rank == 0)
+        self.started, self.first_step = time.monotonic(), module.step
+        known = self.metrics.numbers("knn") if self.metrics else []
+        self.best_knn = max((v for step, v in known if step > 0), default=None)
+        self.ended = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Module, batch: Any, batch_idx: int) -> None:
+        self.speed.waited += time.perf_counter() - self.ended
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._note_bad(batch.get("events", ()))
+        for name, value in module.last_logs.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.summed += 1
+        if module.step != self.seen:
+            self.seen = module.step
+            self._after_step(trainer, module)
+        self.ended = time.perf_counter()
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _after_step(self, trainer: pl.Trainer, module: Module) -> None:
+        plan, step = self.plan, module.step
+        self.speed.step()
+        self.bar.step()
+        last = step == plan.total_steps
+        agreed = self.agreement.later(*self._mine(module))
+        evaluated = last or (plan.knn_every > 0 and step % plan.knn_every == 0)
+        saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop
+        if evaluated or saving or last:  # nothing irreversible before everybody has been heard
+            agreed = self.agreement.now(*self._mine(module))
+        if agreed.nonfinite:
+            self._stop_nonfinite(trainer, module)
+            return
+        if agreed.bad > plan.max_bad:
+            self._stop(
+                trainer,
+                f"{agreed.bad} distinct samples are bad, more than the limit of {plan.max_bad} "
+                f"(data.max_bad_fraction): see {plan.run_dir}/skipped.jsonl, mend or remove them, and start again",
+                3,
+            )
+            return
+        numbers: dict[str, float] = {}
+        if evaluated:
+            with _Pause(self.speed):
+                numbers = self.evaluate(step) if self.rank == 0 else {}
+        if evaluated or step % plan.log_every == 0 or last:
+            self._log(trainer, module, numbers)
+        if saving or self._is_best(numbers):
+            with _Pause(self.speed):
+                self._save(trainer, module, self._is_best(numbers), last or bool(agreed.stop))
+        if agreed.stop and not last:
+            code = 128 + (self.flag.signal or 15)
+            self._stop(trainer, f"stopped by a signal at step {step}; the same command continues from here", code)
+
+    def _mine(self, module: Module) -> tuple[int, int, int, int]:
+        bad_loss = 0
+        if module.finite is not None:
+            bad_loss = int(not bool(module.finite))
+        return int(self.flag.signal is not None), bad_loss, int(self.rank == 0 and self.clock.due()), len(self.bad)
+
+    def _is_best(self, numbers: dict[str, float]) -> bool:
+        knn = numbers.get("knn")
+        return self.plan.keep_best and knn is not None and (self.best_knn is None or knn > self.best_knn)
+
+    def _log(self, trainer: pl.Trainer, module: Module, numbers: dict[str, float]) -> None:
+        plan, step = self.plan, module.step
+        logs = self._mean_logs(module.device)
+        if self.rank != 0:
+            return
+        speed, wait = self.speed.read(plan.batch_size)
+        row = {
+            "step": step,
+            "images": step * plan.batch_size,
+            "epoch": step * plan.batch_size / plan.num_samples,
+            "loss": logs.pop("loss", None),
+            "lr": module.lr(step - 1),
+            "images_per_second": speed,
+            "data_wait": wait,
+            "mfu": self._mfu(speed),
+            **logs,
+            **numbers,
+            "bad_samples": len(self.bad) or None,
+        }
+        self.metrics.add(row)
+        if self.sink is not None:
+            self.sink.log({k: v for k, v in row.items() if v is not None}, step)
+        left = (plan.total_steps - step) * plan.batch_size
+        eta = left / speed if speed else None
+        self.bar.line(log_line(row, plan.total_steps, eta, _memory(module.device)))
+        self._project(step, eta)
+        self.speed.reset()
+
+    def _project(self, step: int, eta: float | None) -> None:
+        """Once, after the first minute: how long the whole run will take."""
+        spent = time.monotonic() - self.started
+        if not self.projected and spent >= 60 and eta is not None:
+            self.projected = True
+            if eta > 60:
+                self.bar.line(f"projected: {duration(spent + eta)} in all, {duration(eta)} to go")
+
+    def _mfu(self, speed: float | None) -> float | None:
+        plan = self.plan
+        if not (speed and plan.flops_per_image and plan.peak_flops):
+            return None
+        return speed * plan.flops_per_image / plan.peak_flops
+
+    def _mean_logs(self, device: torch.device) -> dict[str, float]:
+        """Means since the last log, over all processes."""
+        if not self.summed:
+            return {}
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[n].to(device=device, dtype=torch.float64).reshape(()) for n in names])
+        values = values / self.summed
+        if self.agreement.many:
+            dist.all_reduce(values)
+            values = values / dist.get_world_size()
+        self.sums, self.summed = {}, 0
+        return dict(zip(names, values.tolist(), strict=True))
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _note_bad(self, events: Any) -> None:
+        new = [e for e in events if e.id not in self.bad]
+        if new:
+            with (self.plan.run_dir / "skipped.jsonl").open("a") as f:
+                for event in new:
+                    self.bad[event.id] = event
+                    f.write(json.dumps(event._asdict() | {"rank": self.rank}) + "\n")
+            self.bar.line(f"skipped {new[0].where}: {new[0].why} ({len(self.bad)} so far, in skipped.jsonl)")
+
+    def _save(self, trainer: pl.Trainer, module: Module, is_best: bool, must: bool) -> None:
+        plan = self.plan
+        self.clock.reset()
+        if self.rank != 0:
+            return
+        if is_best:
+            self.best_knn = float(self.metrics.rows[-1]["knn"])
+        files = {
+            "model": checkpoint.unique_state(module.objective),
+            "optim": optimizer_state(trainer.optimizers[0]),
+        }
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        meta = plan.meta | {
+            "images": module.step * plan.batch_size,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "knn": self.best_knn if is_best else None,
+        }
+        folder = plan.run_dir / "checkpoints"
+        try:
+            checkpoint.save(folder, module.step, files, meta, keep_last=plan.keep_last, best=is_best)
+            self.failed_saves = 0
+        except OSError as error:  # a full disk must not end a run whose earlier checkpoints stand
+            self.failed_saves += 1
+            self.bar.line(f"checkpoint at step {module.step} FAILED: {error}; earlier ones stand, will try again")
+            if must or self.failed_saves >= 3:
+                raise
+
+    def _stop(self, trainer: pl.Trainer, message: str, code: int) -> None:
+        self.stopped = RunStopped(message, code)
+        trainer.should_stop = True
+
+    def _stop_nonfinite(self, trainer: pl.Trainer, module: Module) -> None:
+        plan = self.plan
+        stem = plan.run_dir / f"nonfinite-step-{module.step:09d}-rank-{self.rank}"
+        batch = module.last_batches[-1]
+        tensors = {f"crops.{k}": v.cpu() for k, v in batch["crops"].items()}
+        tensors |= {k: batch[k].cpu() for k in ("key", "id", "position", "label")}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, stem.with_suffix(".safetensors"))
+        self._stop(
+            trainer,
+            f"the loss is not finite at step {module.step}; the batch is saved in {stem}.safetensors and the last "
+            "checkpoint stands: lower optim.base_lr, set optim.clip=1.0, or use trainer.precision=32 and start again",
+            4,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, module: Module) -> None:
+        self.agreement.finish()
+        self.bar.close()
+        if self.agreement.many:
+            dist.barrier()
+
+
+class _Pause:
+    """Time that does not count as training."""
+
+    def __init__(self, speed: Speed):
+        self.speed = speed
+
+    def __enter__(self) -> None:
+        self.since = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        self.speed.paused += time.perf_counter() - self.since
+
+
+def _memory(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return f"mem {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"mem {peak / 2**20:.1f} GiB"

@@ -1,0 +1,22 @@
+"""Test-wide settings: few threads (the same sums everywhere), no network, a cache of its own."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """One cache folder per test session, so that tests neither use nor fill the user's."""
+    if "SELFSIGHT_CACHE" not in os.environ:
+        os.environ["SELFSIGHT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
