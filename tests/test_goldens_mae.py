@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from golden_cases import assert_close, cases, load, part
 
+from golden_cases import assert_close, cases, load, part
 from selfsight.backbones.tokens import Drop, Needs, patchify, pick
 from selfsight.backbones.vit import ViT
 from selfsight.interop.layouts import detect, split
