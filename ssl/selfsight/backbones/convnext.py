@@ -75,9 +75,8 @@ class ConvNeXt(Backbone):
         self.architecture, self.model_args = architecture, model_args
         self.timm = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
         self._refuse_other_kinds(needs)
-        self.family = (
-            "convnextv2" if isinstance(self.timm.stages[0].blocks[0].mlp, GlobalResponseNormMlp) else "convnext"
-        )
+        responsive = isinstance(self.timm.stages[0].blocks[0].mlp, GlobalResponseNormMlp)
+        self.family = "convnextv2" if responsive else "convnext"
         self.widths = tuple(info["num_chs"] for info in self.timm.feature_info)
         self.reductions = tuple(info["reduction"] for info in self.timm.feature_info)
         self.embed_dim, self.depth = self.timm.num_features, sum(len(stage.blocks) for stage in self.timm.stages)

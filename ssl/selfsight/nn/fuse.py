@@ -43,7 +43,7 @@ class StageFusion(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(self, maps: Sequence[Tensor], norm: bool = True) -> Tensor:
-        """maps, fine to coarse, [B, c, h, w] each -> [B, D, H, W] on the grid of the first; norm=False: no LayerNorm."""
+        """maps, fine to coarse, [B, c, h, w] each -> [B, D, H, W] on the first's grid; norm=False: no LayerNorm."""
         size = maps[0].shape[-2:]
         x = self.projections[0](maps[0])
         for projection, stage in zip(self.projections[1:], maps[1:]):

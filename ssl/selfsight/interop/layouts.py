@@ -1,0 +1,155 @@
+"""Official checkpoint layouts, as key tables: whose keys are these, and what are they called here?
+
+`split(state, layout)` sorts a state dict into "backbone" (timm's names), "decoder" (the names of `nn.decoders` and
+`nn.pixel_conv`) and "left" (what neither has: classifiers, mask tokens of other methods …, under their own names).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+# A rule is (pattern, part, replacement); the first that matches a whole key wins, and no match means "left".
+Rule = tuple[str, str, str]
+
+_CONVNEXT: list[Rule] = [
+    (r"downsample_layers\.0\.(.*)", "backbone", r"stem.\1"),
+    (r"downsample_layers\.(\d+)\.(.*)", "backbone", r"stages.\1.downsample.\2"),
+    (r"stages\.(\d+)\.(\d+)\.(.*)", "backbone", r"stages.\1.blocks.\2.\3"),
+    (r"norm\.(.*)", "backbone", r"head.norm.\1"),
+]
+_BLOCK_NAMES = (
+    (r"\bdwconv\b", "conv_dw"),
+    (r"\bpwconv(\d)\b", r"mlp.fc\1"),
+    (r"\bgrn\.gamma\b", "mlp.grn.weight"),
+    (r"\bgrn\.beta\b", "mlp.grn.bias"),
+)
+_SPARK = r"sparse_encoder\.sp_cnn\."
+
+RULES: dict[str, list[Rule]] = {
+    # facebookresearch/mae: the encoder's keys are timm's.
+    "mae": [
+        (r"(cls_token|pos_embed|patch_embed\..*|blocks\..*|norm\..*)", "backbone", r"\1"),
+        (r"decoder_(embed\..*|pos_embed|blocks\..*|norm\..*|pred\..*)", "decoder", r"\1"),
+        (r"mask_token", "decoder", "mask_token"),
+    ],
+    # facebookresearch/ConvNeXt and the encoders of ConvNeXt-V2.
+    "convnext": _CONVNEXT,
+    # facebookresearch/ConvNeXt-V2, models/fcmae.py (after or before its remapping of MinkowskiEngine's kernels).
+    "fcmae": [
+        *_CONVNEXT,
+        (r"decoder\.(\d+\..*)", "decoder", r"blocks.\1"),
+        (r"(mask_token|proj\..*|pred\..*)", "decoder", r"\1"),
+    ],
+    # keyu-tian/SparK with a ConvNeXt encoder.
+    "spark": [
+        *((_SPARK + pattern, part, new) for pattern, part, new in _CONVNEXT),
+        (r"densify_norms\.(\d+)\.(.*)", "decoder", r"densify.\1.norm.\2"),
+        (r"densify_projs\.(\d+)\.(.*)", "decoder", r"densify.\1.proj.\2"),
+        (r"mask_tokens\.(\d+)", "decoder", r"densify.\1.mask_token"),
+        (r"dense_decoder\.dec\.(\d+)\.up_sample\.(.*)", "decoder", r"blocks.\1.up.\2"),
+        (r"dense_decoder\.dec\.(\d+)\.conv\.(.*)", "decoder", r"blocks.\1.conv.\2"),
+        (r"dense_decoder\.proj\.(.*)", "decoder", r"proj.\1"),
+    ],
+    # ysj9909/SHViT: lists blocks1..3 that hold the down-samplers as their first three entries.
+    "shvit": [
+        (r"(patch_embed\..*)", "backbone", r"\1"),
+        (r"blocks1\.(.*)", "backbone", r"stages.0.blocks.\1"),
+        (r"blocks([23])\.([012])\.(.*)", "backbone", r"down \1 \2 \3"),
+        (r"blocks([23])\.(\d+)\.(.*)", "backbone", r"block \1 \2 \3"),
+    ],
+}
+
+
+def detect(keys: Iterable[str]) -> list[str]:
+    """Layouts whose tell-tale keys are all there, the most specific first; [] for an unknown file."""
+    names = {_plain(key) for key in keys}
+
+    def has(pattern: str) -> bool:
+        return any(re.match(pattern, name) for name in names)
+
+    found = []
+    if has(_SPARK):
+        found.append("spark")
+    if has(r"downsample_layers\.0\.0\."):
+        if has(r"(pred|proj)\.") and has("mask_token"):
+            found.append("fcmae")
+        found.append("convnext")
+    if has(r"blocks1\.0\.") and has(r"patch_embed\.0\."):
+        found.append("shvit")
+    if has("cls_token") and has(r"patch_embed\.proj\.") and has(r"blocks\.0\.attn\.qkv\."):
+        found.append("mae")
+    return found
+
+
+def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tensor]]:
+    """Sort and rename a state dict: {"backbone": …, "decoder": …, "left": …}. KeyError for an unknown layout.
+
+    Wrapper prefixes (DDP's, torch.compile's) and MinkowskiEngine's forms are undone first. Linear and 1x1-convolution
+    weights may still differ by trailing axes of length 1; `fit` settles that against a module.
+    """
+    if layout not in RULES:
+        raise KeyError(f"unknown checkpoint layout {layout!r}; known: {', '.join(RULES)}")
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "decoder": {}, "left": {}}
+    for key, value in state.items():
+        name, value = _dense(_plain(key), value) if layout in ("fcmae", "convnext") else (_plain(key), value)
+        for pattern, part, new in RULES[layout]:
+            match = re.fullmatch(pattern, name)
+            if match:
+                name, value = _finish(match.expand(new), value)
+                parts[part][name] = value
+                break
+        else:
+            parts["left"][key] = value
+    return parts
+
+
+def fit(part: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The same tensors, reshaped where the module's differ by axes of length 1 only; others pass as they are."""
+    own = module.state_dict()
+
+    def squeezed(shape: Iterable[int]) -> list[int]:
+        return [n for n in shape if n != 1]
+
+    fits = {key for key, value in part.items() if key in own and squeezed(own[key].shape) == squeezed(value.shape)}
+    return {key: value.reshape(own[key].shape) if key in fits else value for key, value in part.items()}
+
+
+def _plain(key: str) -> str:
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+
+
+def _dense(name: str, value: Tensor) -> tuple[str, Tensor]:
+    """MinkowskiEngine's names and kernels [k*k, in, out] or [k*k, C] as dense ones [out, in, k, k] or [C, 1, k, k].
+
+    Its kernel index runs over columns first, hence the transposition.
+    """
+    name = name.removeprefix("encoder.")
+    name = re.sub(r"\.(ln|linear)\.(weight|bias)$", r".\2", name)
+    if not name.endswith(".kernel"):
+        return name, value
+    side = math.isqrt(value.shape[0])
+    value = value[:, None] if value.ndim == 2 else value
+    value = value.unflatten(0, (side, side)).permute(3, 2, 1, 0).contiguous()
+    return name.removesuffix("kernel") + "weight", value
+
+
+def _finish(name: str, value: Tensor) -> tuple[str, Tensor]:
+    """Block names and shapes that all ConvNeXt layouts share, and SHViT's list indices."""
+    for old, new in _BLOCK_NAMES:
+        name = re.sub(old, new, name)
+    if ".mlp.grn." in name or (name.endswith(".bias") and value.ndim > 1):
+        value = value.reshape(-1)
+    if name.startswith(("down ", "block ")):
+        kind, group, index, rest = name.split(" ", 3)
+        stage = f"stages.{int(group) - 1}"
+        if kind == "block":
+            return f"{stage}.blocks.{int(index) - 3}.{rest}", value
+        if index == "1":
+            return f"{stage}.downsample.2.{rest}", value
+        child, rest = rest.split(".", 1)
+        return f"{stage}.downsample.{int(child) + (3 if index == '2' else 0)}.{rest}", value
+    return name, value
