@@ -194,8 +194,10 @@ def _command(word: str) -> str:
 
     if word in COMMANDS:
         return word
-    hint = "commands come before key=value" if "=" in word else f"valid: {', '.join(COMMANDS)}"
-    raise ConfigError(f"unknown command {word!r}{did_you_mean(word, list(COMMANDS))}; {hint}")
+    hint = "a command comes before key=value; " if "=" in word else ""
+    raise ConfigError(
+        f"unknown command {word!r}{did_you_mean(word, list(COMMANDS))} ({hint}valid: {', '.join(COMMANDS)})"
+    )
 
 
 def _help(command: str, call: str) -> str:

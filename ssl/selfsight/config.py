@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,9 @@ def numbers(default: list[float] | None, count: int | None, low: float, high: fl
         return _require(length and ordered and all(low <= v <= high for v in found), found)
 
     example = "[0.2, 1.0]" if rising else "[0.9, 0.95]" if count == 2 else "[0.1, 0.3]"
-    return _field(default, f"{count or 'some'} numbers from {low:g} to {high:g} such as {example}", parse)
+    return _field(
+        default, f"{count or 'some'} {'rising ' * rising}numbers from {low:g} to {high:g} such as {example}", parse
+    )
 
 
 def _auto_or_count(v: Any) -> Any:
@@ -455,17 +458,18 @@ def options(group: str) -> list[str]:
     return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml") if not p.stem.startswith("_"))
 
 
-def groups(command: str) -> list[str]:
+@cache
+def groups(command: str) -> tuple[str, ...]:
     """The groups of a command, from its defaults list."""
     if not (path := conf_dir() / f"{command}.yaml").is_file():
         raise ConfigError(f"the configuration folder {conf_dir()} has no {command}.yaml: reinstall selfsight")
     found: list[str] = []
-    for entry in yaml.safe_load(path.read_text()).get("defaults", []):
+    for entry in yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", []):
         if isinstance(entry, dict):
             found += entry
         elif entry != "_self_":
             found += groups(entry)
-    return found
+    return tuple(found)
 
 
 def load(command: str, overrides: list[str]) -> DictConfig:
@@ -481,15 +485,16 @@ def load(command: str, overrides: list[str]) -> DictConfig:
         _assign(cfg, key, _parse(text, key), known)
     _check_interpolations(cfg)
     try:
-        OmegaConf.resolve(cfg)
+        _apply_rules(cfg)
+        _check(command, cfg)
+        cfg = resolve(cfg) if command in ("train", "bench") else cfg
+        OmegaConf.resolve(cfg)  # last, so that ${image_size} means the value that was filled in
     except OmegaConfBaseException as error:
         raise ConfigError(f"an interpolation does not resolve: {_first_line(error)}") from None
-    _apply_rules(cfg)
-    _check(command, cfg)
-    return resolve(cfg) if command in ("train", "bench") else cfg
+    return cfg
 
 
-def _split(command: str, overrides: list[str], known: list[str]) -> tuple[dict[str, str], dict[str, str | None]]:
+def _split(command: str, overrides: list[str], known: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str | None]]:
     """Overrides as (group -> option, key -> text); `~key` is key -> null, `+key` and `++key` are plain key."""
     choices: dict[str, str] = {}
     values: dict[str, str | None] = {}
@@ -502,6 +507,8 @@ def _split(command: str, overrides: list[str], known: list[str]) -> tuple[dict[s
             _check_targets({"_target_": target}, override)
         if not equals and not remove:
             raise ConfigError(f"{override!r} has no '=': write key=value, for example {_example(key, command, known)}")
+        if equals and not key:
+            raise ConfigError(f"{override!r} has no key: write key=value, for example {_example(key, command, known)}")
         if equals and not text:
             raise ConfigError(f"{key}= has no value: write {key}=null to leave it to the defaults")
         if key in known:
@@ -511,7 +518,7 @@ def _split(command: str, overrides: list[str], known: list[str]) -> tuple[dict[s
     return choices, values
 
 
-def _example(key: str, command: str, known: list[str]) -> str:
+def _example(key: str, command: str, known: tuple[str, ...]) -> str:
     if key in known:
         return f"{key}={options(key)[0]}"
     return {"export": "out=exported", "prepare": "out=/d/shards"}.get(command, "data=folder")
@@ -522,16 +529,24 @@ def _option(group: str, name: str) -> str:
     if name in names or (name == "null" and group == "experiment"):
         return name
     hint = did_you_mean(name, names)
-    if group == "backbone":
-        hint += f" (any other timm model: backbone=timm backbone.name={name})"
-    raise ConfigError(f"unknown {group} {name!r}{hint}; valid: {', '.join(names)}")
+    if group == "backbone" and not hint:
+        hint = f": any timm model is backbone=timm backbone.name={name}"
+    raise ConfigError(f"unknown {group} {name!r}{hint} (valid: {', '.join(names)})")
+
+
+@lru_cache(maxsize=64)  # a tenth of a second each
+def _hydra(command: str, chosen: tuple[str, ...]) -> dict[str, Any]:
+    """The composed YAML as plain data; not to be modified."""
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        raw = OmegaConf.to_container(compose(command, list(chosen)), resolve=False)
+    _check_targets(raw, str(conf_dir()))
+    return raw
 
 
 def _compose(command: str, choices: dict[str, str]) -> DictConfig:
     """Hydra's groups and experiments, poured into the typed schema."""
-    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        raw = OmegaConf.to_container(compose(command, [f"{k}={v}" for k, v in choices.items()]), resolve=False)
-    _check_targets(raw, f"{conf_dir()}")
+    chosen = tuple(f"{group}={name}" for group, name in choices.items() if name != "null")
+    raw = _hydra(command, chosen)
     known = groups(command)
     parts = {}
     for group in known:
@@ -571,7 +586,7 @@ def _parse(text: str | None, key: str) -> Any:
     return text
 
 
-def _assign(cfg: DictConfig, key: str, value: Any, known: list[str]) -> None:
+def _assign(cfg: DictConfig, key: str, value: Any, known: tuple[str, ...]) -> None:
     """Set one key in the typed config; ConfigError for an unknown key or a value of the wrong type."""
     *path, name = key.split(".")
     node: Any = cfg
@@ -613,21 +628,27 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
-def _unknown(cfg: DictConfig, key: str, wrong: str, known: list[str]) -> ConfigError:
+def _unknown(cfg: DictConfig, key: str, wrong: str, known: tuple[str, ...]) -> ConfigError:
     """The sentence for a key that does not exist: the nearest key, and what is valid beside it."""
-    if key.split(".")[0] == "data" and "data" in known:
-        return ConfigError(f"unknown key {key!r} with this data: choose data={'|'.join(options('data'))} first")
-    keys = _keys(cfg) + known
-    same_end = [k for k in keys if "." in k and k.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = f": did you mean {same_end[0]!r}?" if same_end else did_you_mean(key, keys)
-    parent = wrong.rpartition(".")[0]
-    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
-    return ConfigError(f"unknown key {key!r}{hint}; valid{' there' if parent else ''}: {', '.join(sorted(siblings))}")
+    if "data" in cfg and cfg.data is None and key.startswith("data."):
+        return ConfigError(f"{key} needs its group: add data={' or data='.join(options('data'))}")
+    keys = list(dict.fromkeys(_keys(cfg) + list(known)))
+    parent, _, last = wrong.rpartition(".")
+    siblings = sorted(k for k in keys if k.rpartition(".")[0] == parent)
+    if not siblings:
+        return ConfigError(f"unknown key {key!r}: {parent} takes no keys yet")
+    if parent:
+        near = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in siblings], 1, 0.5)
+        hint = f": did you mean {key.replace(wrong, f'{parent}.{near[0]}', 1)!r}?" if near else ""
+    else:
+        same_end = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = f": did you mean {same_end[0]!r}?" if same_end else did_you_mean(key, keys)
+    return ConfigError(f"unknown key {key!r}{hint} (valid{' there' if parent else ''}: {', '.join(siblings)})")
 
 
 def did_you_mean(word: str, words: list[str]) -> str:
     """ ": did you mean 'nearest'?", or nothing when no word is near."""
-    near = difflib.get_close_matches(word, words, 1, 0.5)
+    near = difflib.get_close_matches(word, words, 1, 0.6)
     return f": did you mean {near[0]!r}?" if near else ""
 
 
