@@ -44,14 +44,14 @@ class _Strict(tarfile.TarInfo):
 def _open(url: str) -> IO[bytes]:
     if not url.startswith(("http://", "https://")):
         return open(url, "rb")  # noqa: PTH123  (closed by the caller's `with`)
-    for wait in (*_RETRY_SECONDS, None):
+    for wait in _RETRY_SECONDS:
         try:
             return urllib.request.urlopen(url, timeout=_TIMEOUT)
         except OSError as error:
-            if wait is None or getattr(error, "code", 500) < 500:
+            if getattr(error, "code", 500) < 500:
                 raise
             time.sleep(wait)
-    raise AssertionError("unreachable")
+    return urllib.request.urlopen(url, timeout=_TIMEOUT)
 
 
 def _members(urls: Sequence[str], skip_broken: bool) -> Iterator[dict[str, Any]]:
@@ -108,6 +108,7 @@ class Stream(IterableDataset):
         self.labels, self.seed, self.rank, self.world, self.shuffle = labels, seed, rank, world, shuffle
         self.epochs, self.skip_broken = epochs, skip_broken
         self.bad: list[SampleError] = []
+        self.classes, self.labelled, self.has_objects = None, labels != "none", False  # unknown before reading
         self.describe = f"stream {self.urls[0]} … ({len(self.urls):,} files), not exactly resumable"
 
     def __iter__(self) -> Iterator[Raw]:
