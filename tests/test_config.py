@@ -62,7 +62,8 @@ def test_a_group_given_by_hand_beats_the_experiments():
 
 
 def test_absolute_learning_rate_wins():
-    assert train("optim.lr=0.01", "batch_size=512").optim.lr == 0.01
+    optim = train("experiment=mae_cifar10", "data.train=x", "optim.lr=0.01", "batch_size=512").optim
+    assert (optim.lr, optim.base_lr) == (0.01, None)  # the experiment's base rate would be printed as the rule
 
 
 @pytest.mark.parametrize("name", config.options("backbone"))
@@ -289,6 +290,7 @@ def test_the_other_commands_compose():
     assert config.load("bench", ["seconds=1"]).batch_size == 128
     assert config.load("prepare", ["kind=scenes", "out=x"]).count == 5000
     assert config.load("doctor", []).data is None
+    assert config.load("doctor", ["data=scenes"]).data.size == 64
 
 
 def test_loading_imports_no_torch_and_is_quick():

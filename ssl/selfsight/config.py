@@ -711,6 +711,8 @@ def _check(command: str, cfg: DictConfig) -> None:
         _check_prepare(cfg)
     if "data" in cfg and cfg.data is not None:
         _check_data(cfg.data)
+    if command == "doctor" and cfg.data is not None and cfg.data.name == "scenes":
+        _fill(cfg.data, "size", 64)
     if "backbone" in cfg:
         _check_backbone(cfg.backbone)
 
@@ -798,6 +800,8 @@ def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
     if optim.lr is None:
         _fill(optim, "base_lr", recipe.base_lr)
         optim.lr = optim.base_lr * cfg.batch_size / 256
+    elif optim.base_lr is not None and optim.lr != optim.base_lr * cfg.batch_size / 256:
+        optim.base_lr = None  # an absolute rate was given: the rule does not apply and must not be printed
 
 
 # --- identity, files ----------------------------------------------------------------------------------------------
