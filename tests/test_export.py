@@ -14,7 +14,7 @@ from selfsight.nn.global_batchnorm import GlobalBatchNorm
 from selfsight.training.checkpoint import save, unique_state
 
 SIZES = {"vit_nano": 32, "convnext_nano_lite": 64, "convnextv2_nano_lite": 64, "shvit_nano_lite": 64, "resnet18": 64}
-CARD = {"objective": "mae", "backbone": "vit_nano", "which": "student", "step": 1200, "images_seen": 153_600,
+CARD = {"objective": "mae", "backbone": "vit_nano", "which": "student", "steps": 1200, "images_seen": 153_600,
         "command": "train.py objective=mae"}  # fmt: skip
 NORM = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 
@@ -72,7 +72,7 @@ def test_normalisation_of_the_training_is_what_timm_resolves(exported):
     _, folder, size = exported
     data = timm.data.resolve_model_data_config(open_folder(folder))
     assert (tuple(data["mean"]), tuple(data["std"])) == (NORM["mean"], NORM["std"])
-    assert data["input_size"] == (3, size, size)
+    assert tuple(data["input_size"]) == (3, size, size)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(vit, tmp_path):
     folder = write(vit, tmp_path / "vit")
     with pytest.raises(ExportError, match="overwrite=true"):
         write(vit, folder, overwrite=False)
-    assert write(vit, folder, card=CARD | {"step": 7}) == folder and read_card(folder)["step"] == 7
+    assert write(vit, folder, card=CARD | {"steps": 7}) == folder and read_card(folder)["steps"] == 7
 
 
 def test_a_folder_with_other_files_is_never_replaced(vit, tmp_path):
@@ -197,7 +197,7 @@ def test_a_run_folder_exports_its_newest_checkpoint(run, tmp_path):
 def test_the_runs_own_export_is_copied_when_it_is_of_the_newest_step(run, tmp_path):
     folder, objective = run
     note = "batch norm measured again"
-    write(objective.student, folder / "export", card=CARD | {"step": 5, "note": note})
+    write(objective.student, folder / "export", card=CARD | {"steps": 5, "note": note})
     export(OmegaConf.create({"checkpoint": str(folder), "out": str(tmp_path / "out")}))
     assert read_card(tmp_path / "out")["note"] == note
     assert f"local-dir:{tmp_path / 'out'}" in (tmp_path / "out" / "README.md").read_text()
@@ -205,7 +205,7 @@ def test_the_runs_own_export_is_copied_when_it_is_of_the_newest_step(run, tmp_pa
 
 def test_an_outdated_export_is_not_copied(run, tmp_path):
     folder, objective = run
-    write(objective.student, folder / "export", card=CARD | {"step": 4})
+    write(objective.student, folder / "export", card=CARD | {"steps": 4})
     assert export(OmegaConf.create({"checkpoint": str(folder), "out": str(tmp_path / "out")}))["step"] == 5
 
 

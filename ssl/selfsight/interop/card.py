@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Keys of the card that get a row of their own, in this order; whatever else is given follows under its own name.
+import yaml
+
+# Facts that get a row, in this order. The whole of them stands in config.json under "selfsight".
 ROWS = {
     "objective": "Objective",
     "backbone": "Backbone",
     "which": "Weights",
     "data": "Data",
-    "step": "Steps",
+    "steps": "Steps",
+    "epochs": "Epochs",
     "images_seen": "Images seen",
     "image_size": "Image size",
     "batch_size": "Batch size",
-    "recipe": "Recipe",
+    "loss_last": "Loss at the end",
     "knn": "k-NN (%)",
     "knn_untrained": "k-NN, untrained (%)",
     "knn_raw_pixels": "k-NN, raw pixels (%)",
+    "rankme": "RankMe",
     "note": "Note",
+    "time": "Finished",
+    "device": "Device",
     "versions": "Versions",
     "git": "Git",
     "command": "Command",
@@ -57,7 +63,7 @@ features = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {num_f
 | | |
 |---|---|
 {rows}
-
+{recipe}
 Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
 """
 
@@ -75,11 +81,19 @@ def _cell(value: Any) -> str:
 
 
 def table(card: Mapping[str, Any]) -> str:
-    """The card's entries as rows of a Markdown table; empty ones are left out."""
-    names = [k for k in ROWS if k in card] + [k for k in card if k not in ROWS]
-    kept = [(k, card[k]) for k in names if card[k] is not None and card[k] != {}]
+    """The known facts as rows of a Markdown table; what is unknown has no row."""
+    facts = dict(card.get("provenance") or {}) | dict(card)
     quoted = {"command": "`{}`"}
-    return "\n".join(f"| {ROWS.get(k, k)} | {quoted.get(k, '{}').format(_cell(v))} |" for k, v in kept)
+    kept = [(k, facts[k]) for k in ROWS if facts.get(k) is not None]
+    return "\n".join(f"| {ROWS[k]} | {quoted.get(k, '{}').format(_cell(v))} |" for k, v in kept)
+
+
+def _recipe(card: Mapping[str, Any]) -> str:
+    """The resolved configuration, folded away; nothing if the facts do not hold it."""
+    if not card.get("config"):
+        return ""
+    text = yaml.safe_dump(card["config"], sort_keys=False, default_flow_style=None, width=110)
+    return f"\n<details><summary>The whole configuration</summary>\n\n```yaml\n{text}```\n\n</details>\n"
 
 
 def write_card(config: Mapping[str, Any], card: Mapping[str, Any], out: str) -> str:
@@ -94,6 +108,7 @@ def write_card(config: Mapping[str, Any], card: Mapping[str, Any], out: str) -> 
         num_features=config["num_features"],
         resize=resize,
         rows=table(card),
+        recipe=_recipe(card),
         mean=[round(m, 4) for m in pretrained["mean"]],
         std=[round(s, 4) for s in pretrained["std"]],
     )

@@ -210,7 +210,7 @@ def load_run(folder: Path, which: str | None = None) -> Run:
     if isinstance(mean, str) or isinstance(std, str) or mean is None:
         raise ExportError(f"{path}/state.json does not say the mean and std that data.mean={mean} measured")
     card = {"objective": cfg.objective.name, "backbone": cfg.backbone.name, "which": name,
-            "data": OmegaConf.select(cfg, "data.name"), "step": meta["step"], "images_seen": meta.get("images"),
+            "data": OmegaConf.select(cfg, "data.name"), "steps": meta["step"], "images_seen": meta.get("images"),
             "image_size": cfg.image_size, "batch_size": OmegaConf.select(cfg, "batch_size")}  # fmt: skip
     return Run(found[name], name, tuple(mean), tuple(std), int(cfg.image_size), card)
 
@@ -236,7 +236,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         run = load_run(source, which)
         card = run.card
         export_backbone(run.backbone, out, mean=run.mean, std=run.std, image_size=run.image_size, card=card)
-    return {"out": str(out), "which": card.get("which"), "step": card.get("step")}
+    return {"out": str(out), "which": card.get("which"), "step": card.get("steps")}
 
 
 def current_export(run: Path, which: str | None) -> Path | None:
@@ -245,7 +245,7 @@ def current_export(run: Path, which: str | None) -> Path | None:
     if not is_export(folder):
         return None
     card, path = read_card(folder), newest(run / "checkpoints")
-    older = path is not None and int(path.name.removeprefix("step-")) > int(card.get("step") or 0)
+    older = path is not None and int(path.name.removeprefix("step-")) > int(card.get("steps") or 0)
     return None if older or (which and which != card.get("which")) else folder
 
 
