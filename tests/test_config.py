@@ -154,6 +154,8 @@ def test_wrong_values_are_named_with_what_is_expected(override):
         (["backbone.embed_dim=100", "backbone.num_heads=3"], "not divisible"),
         (["batch_size"], "no '='"),
         (["batch_size="], "batch_size=null"),
+        (["batch_size=???"], "batch_size=null"),
+        (["data.mean.0=1"], "data.mean takes no keys"),
         (["=3"], "no key"),
         (["-m", "seed=1"], "multirun"),
     ],
@@ -175,7 +177,7 @@ def test_foreign_targets_are_refused(override):
     assert "_target_" in sentence(override)
 
 
-@pytest.mark.parametrize("value", ["${oc.env:HOME}", "${eval:1}", "x${now:%Y}", "${a", "${nothing}"])
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "${eval:1}", "x${now:%Y}", "${a", "${nothing}", "${run_dir}"])
 def test_only_plain_interpolations(value):
     assert "run_dir" in sentence(f"run_dir={value}") or "interpolation" in sentence(f"run_dir={value}")
 
@@ -272,6 +274,7 @@ def test_a_missing_saved_config(tmp_path):
         ("probe", ["checkpoint=x", "probe=lin"], "'linear'"),
         ("probe", ["checkpoint=x", "probe.lrs=[0.1,-1]"], "probe.lrs"),
         ("export", ["checkpoint=x"], "out="),
+        ("export", ["checkpoint=x", "out=y", "max_steps=1"], "unknown key 'max_steps'"),
         ("prepare", ["out=x"], "kind=folder"),
         ("prepare", ["out=x", "kind=folder"], "source=/d/images"),
         ("prepare", ["out=x", "kind=tar"], "one of folder, list, shards, scenes"),

@@ -9,6 +9,7 @@ imports torch. A new objective is one YAML file in `conf/objective` and one data
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -476,8 +477,9 @@ def load(command: str, overrides: list[str]) -> DictConfig:
     """The resolved, type-checked config of a command with `key=value` overrides; ConfigError in one sentence."""
     known = groups(command)
     choices, values = _split(command, overrides, known)
-    cfg = _compose(command, choices)
-    if given := [k for k in DURATIONS if values.get(k) not in (None, "null")]:
+    chosen = tuple(f"{group}={name}" for group, name in choices.items() if name != "null")
+    cfg = copy.deepcopy(_compose(command, chosen))
+    if given := [k for k in DURATIONS if k in cfg and values.get(k) not in (None, "null")]:
         _one_duration(given)
         for k in DURATIONS:  # the command line's duration replaces the experiment's, whatever its unit
             cfg[k] = None
@@ -489,7 +491,7 @@ def load(command: str, overrides: list[str]) -> DictConfig:
         _check(command, cfg)
         cfg = resolve(cfg) if command in ("train", "bench") else cfg
         OmegaConf.resolve(cfg)  # last, so that ${image_size} means the value that was filled in
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"an interpolation does not resolve: {_first_line(error)}") from None
     return cfg
 
@@ -535,18 +537,11 @@ def _option(group: str, name: str) -> str:
 
 
 @lru_cache(maxsize=64)  # a tenth of a second each
-def _hydra(command: str, chosen: tuple[str, ...]) -> dict[str, Any]:
-    """The composed YAML as plain data; not to be modified."""
+def _compose(command: str, chosen: tuple[str, ...]) -> DictConfig:
+    """Hydra's groups and experiments, poured into the typed schema; not to be modified."""
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         raw = OmegaConf.to_container(compose(command, list(chosen)), resolve=False)
     _check_targets(raw, str(conf_dir()))
-    return raw
-
-
-def _compose(command: str, choices: dict[str, str]) -> DictConfig:
-    """Hydra's groups and experiments, poured into the typed schema."""
-    chosen = tuple(f"{group}={name}" for group, name in choices.items() if name != "null")
-    raw = _hydra(command, chosen)
     known = groups(command)
     parts = {}
     for group in known:
@@ -574,6 +569,8 @@ def _parse(text: str | None, key: str) -> Any:
     """The value of `key=text`: null, a [list], or the text itself, which the type of the key converts."""
     if text is None or text == "null":
         return None
+    if text == "???":  # OmegaConf's word for a missing value
+        raise ConfigError(f"{key}=??? is no value: write {key}=null to leave it to the defaults")
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     if text.startswith("[") and text.endswith("]"):
