@@ -7,6 +7,7 @@ import torch
 
 from selfsight.backbones.shvit import SHViT, run_block
 from selfsight.backbones.tokens import BackboneError, Drop, Needs, Replace, patchify, unpatchify
+from selfsight.interop.layouts import detect, split
 from selfsight.nn import pixel_conv
 from selfsight.nn.global_batchnorm import from_global
 
@@ -111,11 +112,10 @@ def test_drop_path_scales_the_branches():
 
 
 def test_blocks_compile_without_a_break():
+    torch._dynamo.reset()
     block = build().train().timm.stages[1].blocks[0]
-    x = torch.randn(2, 24, 4, 4)
+    x, drop = torch.randn(2, 24, 4, 4), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
     compiled = torch.compile(run_block, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(block, x), run_block(block, x))
-    drop = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
     torch.testing.assert_close(compiled(block, x, drop), run_block(block, x, drop))
 
 
@@ -160,3 +160,27 @@ def test_check_notices_a_difference():
     backbone.timm.stages[2].blocks[0].register_forward_hook(lambda module, args, out: out * 1.01)
     with pytest.raises(BackboneError, match="differs from timm's"):
         backbone.check()
+
+
+def official_name(key):
+    """timm's key in the official list layout: blocks1 | 2 | 3, whose first three entries are the down-sampler."""
+    parts = key.split(".")
+    if parts[0] != "stages":
+        return key
+    stage, kind, index, rest = int(parts[1]), parts[2], int(parts[3]), ".".join(parts[4:])
+    if kind == "blocks":
+        return f"blocks{stage + 1}.{index + (3 if stage else 0)}.{rest}"
+    place = {0: "0.0", 1: "0.1", 2: "1", 3: "2.0", 4: "2.1"}[index]
+    return f"blocks{stage + 1}.{place}.{rest}"
+
+
+def test_official_files_load_strictly():
+    backbone, other = build(), build()
+    state = {official_name(key): value for key, value in backbone.timm.state_dict().items()}
+    state |= {"head.bn.weight": torch.ones(32), "head.l.weight": torch.ones(7, 32)}
+    assert detect(state) == ["shvit"]
+    parts = split(state, "shvit")
+    other.timm.load_state_dict(parts["backbone"])
+    assert set(parts["left"]) == {"head.bn.weight", "head.l.weight"}
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(other.timm(images), backbone.timm(images))

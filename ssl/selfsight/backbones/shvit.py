@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..nn.fuse import enlarge, flat, focus_weight, pooled_mean, visibility
 from ..nn.global_batchnorm import to_global
 from ..nn.positions import sincos_2d
-from .convnext import agree, agree_blocks, plan_fusion, waves
+from .convnext import agree, agree_blocks, allow_graphs_per_stage, plan_fusion, waves
 from .tokens import Backbone, BackboneError, Drop, Needs, Replace, Tokens, pick
 
 CELL, STEM, TOTAL = 32, 16, 64  # pixels per maskable cell, stem output, and position of the last stage
@@ -153,6 +153,10 @@ class SHViT(Backbone):
         if isinstance(hide, Drop):
             patches = pick(patches, self.to_tokens(hide.ids, size))
         return Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers))
+
+    def compile_blocks(self, **kwargs) -> None:
+        allow_graphs_per_stage()
+        super().compile_blocks(**kwargs)
 
     @torch.no_grad()
     def check(self) -> None:
