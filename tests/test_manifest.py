@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from selfsight.data import cache_dir, open_source
-from selfsight.data.manifest import Shards, expand, load_index, open_index
+from selfsight.data.manifest import Shards, expand, index, load_index, open_index
 from selfsight.data.source import DataError, SampleError, Source
 
 
@@ -233,3 +233,14 @@ def test_open_source_takes_omegaconf_with_missing_values(tmp_path):
     cfg = OmegaConf.create({"name": "shards", "train": two_shards(tmp_path), "val": "???"})
     OmegaConf.set_struct(cfg, True)
     assert len(open_source(cfg, "train")) == 4 and open_source(cfg, "val") is None
+
+
+def test_the_index_command_says_what_it_found(tmp_path, capsys):
+    two_shards(tmp_path)
+    write(tmp_path / "v.tar", [*sample("a"), ("b.cls", b"0")])
+    data = SimpleNamespace(train=str(tmp_path / "t-*.tar"), val=str(tmp_path / "v.tar"), index_dir=None)
+    index(SimpleNamespace(data=data))
+    out = capsys.readouterr().out
+    assert "train: shards" in out and "4 samples" in out
+    assert f"2 samples, 1 of them without an image, e.g. {tmp_path / 'v.tar'}, key b" in out
+    assert (tmp_path / "t-0.tar.idx").exists()

@@ -443,3 +443,14 @@ _NO_IMAGE = f"no image among its members (images end in {', '.join(IMAGES)}, rig
 def _without_image(path: str, key: str, odd: list[str]) -> str:
     dots = f" (found .{', .'.join(odd)}: a dot in a name ends the key, so rename the files)" if odd else ""
     return f"{path}, key {key}{dots}"
+
+
+def index(cfg: Any) -> None:
+    """Run `selfsight index`: build the indexes of data.train and data.val ahead of time, and say what is in them."""
+    index_dir = cfg.data.index_dir or None
+    for split in ("train", "val"):
+        if patterns := getattr(cfg.data, split):
+            source = Shards(patterns, index_dir and Path(index_dir).expanduser())
+            first = next(iter(source.no_image_examples), None)
+            missing = f", {source.no_image:,} of them without an image, e.g. {first}" if first else ""
+            print(f"{split}: {source.describe}: {len(source):,} samples{missing}")

@@ -66,9 +66,8 @@ def _resize_ids(mask: bytes, size: tuple[int, int], before: tuple[int, int], whe
 
     with Image.open(io.BytesIO(mask)) as image:
         if (image.height, image.width) != before:
-            raise SampleError(
-                where, f"the mask has {image.height}x{image.width} pixels, the image {before[0]}x{before[1]}"
-            )
+            have, want = f"{image.height}x{image.width}", f"{before[0]}x{before[1]}"
+            raise SampleError(where, f"the mask has {have} pixels, the image {want}")
         buffer = io.BytesIO()
         image.resize((size[1], size[0]), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()
@@ -127,11 +126,9 @@ def _keys(source: Any) -> list[str]:
 
 
 def in_val(key: str, val_fraction: float) -> bool:
-    """Whether a sample belongs to the validation split: a hash of its key, so adding images moves none of the others."""
-    return (
-        int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big")
-        < val_fraction * 2**64
-    )
+    """Whether a sample is for validation: by a hash of its key, so that adding images moves none of the others."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
 
 
 # ---- workers -------------------------------------------------------------------------------------------------
@@ -185,6 +182,7 @@ class _Split:
         self.out, self.name, self.limits = out, name, (samples_per_shard, max_bytes)
         self.samples, self.paths, self.writer = 0, [], None
         self.file: IO[bytes] | None = None
+        self.keep = True
 
     def _open(self, name: str) -> IO[bytes]:
         self.file = (self.out / f"{name}.partial").open("wb")
@@ -192,7 +190,10 @@ class _Split:
 
     def _finished(self, name: str) -> None:
         self.file.close()
-        os.replace(self.out / f"{name}.partial", self.out / name)  # noqa: PTH105
+        if not self.keep:
+            (self.out / f"{name}.partial").unlink()
+            return
+        (self.out / f"{name}.partial").replace(self.out / name)
         self.paths.append(self.out / name)
 
     def write(self, key: str, fields: dict[str, bytes]) -> None:
@@ -213,9 +214,9 @@ class _Split:
 
     def abandon(self) -> None:
         """After an error: remove the shard that is not complete."""
+        self.keep = False
         if self.file is not None and not self.file.closed:
-            self.file.close()
-            Path(self.file.name).unlink(missing_ok=True)
+            self.close()
 
 
 def _new_folder(out: Path) -> None:
