@@ -1,14 +1,18 @@
 """`selfsight prepare`: shards that hold every good image once, and a report of the others."""
 
+import importlib.util
 import io
 import json
+import sys
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from selfsight.data import open_source
 from selfsight.data.manifest import Shards
 from selfsight.data.prepare import clean_key, in_val, prepare
 from selfsight.data.source import DataError
@@ -163,3 +167,119 @@ def test_clean_keys_survive_webdatasets_naming_rule(key):
     cleaned = clean_key(key)
     assert split_name(f"{cleaned}.mask.png") == (cleaned, "mask.png")
     assert ".." not in cleaned
+
+
+def test_scenes_are_copied_from_the_cache(tmp_path):
+    report = run(tmp_path / "out", kind="scenes", count=10, val_fraction=0.2, image_size=32)
+    assert report["written"] == {"train": 8, "val": 2}
+    source = Shards(str(tmp_path / "out" / "train-*.tar"))
+    assert len(source) == 8 and source.labelled and source.has_objects and source.read(0).mask and source.classes
+
+
+def test_scenes_open_as_a_source(tmp_path):
+    cfg = SimpleNamespace(name="scenes", size=32, num_train=4, num_val=0, seed=0)
+    assert open_source(cfg, "train").describe == "scenes (built in, 4 images of 32 px)"
+    assert open_source(cfg, "val") is None
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", Path(__file__).parents[1] / "data" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.read_bytes()
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "skip", "files"), [("cifar10", 0, 5), ("cifar100", 1, 1)])
+def test_the_cifar_recipe_keeps_every_pixel(tmp_path, kind, skip, files):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 32, 32), np.uint8)
+    record = b"\x09" * skip + b"\x01" + pixels.tobytes()
+    folder = "cifar-10-batches-bin" if files == 5 else "cifar-100-binary"
+    train = [f"data_batch_{i}.bin" for i in range(1, 6)] if files == 5 else ["train.bin"]
+    names = "batches.meta.txt" if files == 5 else "fine_label_names.txt"
+    members = [(f"{folder}/{n}", record * 2) for n in [*train, "test_batch.bin" if files == 5 else "test.bin"]]
+    tar_of(tmp_path / "c.tar.gz", [*members, (f"{folder}/{names}", b"cat\ndog\n\n")])
+    report = recipe("cifar").main([str(tmp_path / "c.tar.gz"), str(tmp_path / "out"), "--workers", "0"])
+    assert report["written"] == {"train": 2 * files, "val": 2}
+    source = Shards(str(tmp_path / "out" / "train-*.tar"))
+    with Image.open(io.BytesIO(source.read(0).image)) as image:
+        assert np.array_equal(np.asarray(image), pixels.transpose(1, 2, 0))
+    assert source.classes == ["cat", "dog"] and source.read(0).label == 1
+
+
+def test_the_imagenet_recipe_reads_the_official_tars(tmp_path):
+    wnids = ["n01440764", "n01443537"]
+    image = png(np.zeros((8, 8, 3), np.uint8))
+    inner = {w: tar_of(tmp_path / "i.tar", [(f"{w}_{i}.JPEG", image) for i in range(3)]) for w in wnids}
+    tar_of(tmp_path / "train.tar", [(f"{w}.tar", inner[w]) for w in reversed(wnids)])
+    tar_of(tmp_path / "val.tar", [(f"ILSVRC2012_val_0000000{i}.JPEG", image) for i in (1, 2)])
+    rows = [
+        "ImageId,PredictionString",
+        "ILSVRC2012_val_00000001,n01443537 1 2 3 4",
+        "ILSVRC2012_val_00000002 n01440764",
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    names = [str(tmp_path / n) for n in ("train.tar", "val.tar", "labels.csv", "out")]
+    report = recipe("imagenet").main([*names, "--workers", "0"])
+    assert report["written"] == {"train": 6, "val": 2}
+    source = Shards(str(tmp_path / "out" / "train-*.tar"))
+    assert source.classes == wnids and sorted(source.label(i) for i in range(6)) == [0, 0, 0, 1, 1, 1]
+    val = Shards(str(tmp_path / "out" / "val-*.tar"))
+    assert {val.key(i): val.label(i) for i in range(2)} == {"ILSVRC2012_val_00000001": 1, "ILSVRC2012_val_00000002": 0}
+
+
+def test_the_coco_recipe_draws_polygons_and_both_run_length_codes(tmp_path):
+    coco = recipe("coco")
+    assert coco.run_lengths("T379K") == [100, 7, 9, 2]  # two digits, and a negative difference to the 7
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "7.jpg").write_bytes(png(np.zeros((4, 6, 3), np.uint8)))
+    boxes = [
+        {"segmentation": [[0, 0, 5, 0, 5, 3, 0, 3]], "area": 24, "iscrowd": 0},
+        {"segmentation": {"size": [4, 6], "counts": [0, 2, 22]}, "area": 2, "iscrowd": 0},
+        {"segmentation": {"size": [4, 6], "counts": [0, 24]}, "area": 24, "iscrowd": 1},
+    ]
+    content = {
+        "images": [{"id": 7, "file_name": "7.jpg", "height": 4, "width": 6}],
+        "annotations": [{"image_id": 7, "id": i, "category_id": 1, **box} for i, box in enumerate(boxes)],
+    }
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    coco.main([str(tmp_path / "out"), "--train", str(tmp_path / "train"), str(tmp_path / "t.json"), "--workers", "0"])
+    raw = Shards(str(tmp_path / "out" / "train-*.tar")).read(0)
+    with Image.open(io.BytesIO(raw.objects)) as image:
+        ids = np.asarray(image)
+    assert ids.shape == (4, 6) and (ids[:2, 0] == 2).all() and (ids == 1).sum() == 22
+
+
+def test_the_ade20k_recipe_shifts_the_classes(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        picture(root / "images" / split / "a.jpg", 2, 2)
+        (root / "annotations" / split / "a.png").write_bytes(png(np.array([[0, 1], [150, 2]], np.uint8)))
+    picture(root / "images" / "training" / "b.jpg", 2, 2)
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t1\t1\twall, x\n2\t0.1\t1\t1\tsky\n")
+    report = recipe("ade20k").main([str(root), str(tmp_path / "out"), "--workers", "0"])
+    assert report["written"] == {"train": 1, "val": 1} and "no annotation" in report["broken"][0]["why"]
+    source = Shards(str(tmp_path / "out" / "train-*.tar"))
+    with Image.open(io.BytesIO(source.read(0).mask)) as image:
+        assert np.asarray(image).tolist() == [[255, 0], [149, 1]]
+    assert source.classes == ["wall", "sky"] and not source.labelled

@@ -301,6 +301,23 @@ def write_report(out: str | os.PathLike, report: dict[str, Any]) -> None:
     print(f"train on it: {report['command']}")
 
 
+def write_splits(out: str | os.PathLike, sources: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """For recipes: `write_shards` for each split of a public data set, class names (of the first) and one report."""
+    _new_folder(Path(out))
+    total: dict[str, Any] = {"written": {}, "shards": {}, "broken_count": 0, "broken": []}
+    for split, source in sources.items():
+        report = write_shards(source, out, split=split, **settings)
+        for key in ("written", "shards"):
+            total[key] |= report[key]
+        for key in ("broken_count", "broken"):
+            total[key] += report[key]
+    first = next(iter(sources.values()))
+    write_classes(out, first.classes, **getattr(first, "classes_note", {}))
+    total["command"] = train_command(out, total["shards"])
+    write_report(out, total)
+    return total
+
+
 def train_command(out: str | os.PathLike, shards: dict[str, list[str]]) -> str:
     """The command that trains on these shards."""
     words = []
