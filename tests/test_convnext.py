@@ -9,6 +9,11 @@ from selfsight.interop.layouts import detect, split
 from selfsight.nn import pixel_conv
 
 TINY = {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}
+STEMS = pytest.mark.parametrize(
+    "args",
+    [{"patch_size": 1}, {"patch_size": 2}, {"patch_size": 4}, {"output_stride": 16}, {"output_stride": 8}],
+    ids=str,
+)
 KINDS = {
     "v1": ("convnext_atto", {"ls_init_value": 0.5}),
     "v1_linear": ("convnext_atto", {"ls_init_value": 0.5, "conv_mlp": False}),
@@ -31,10 +36,10 @@ def split_ids(batch, cells, keep):
     return ids[:, :keep], ids[:, keep:]
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@STEMS
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_timm_with_nothing_hidden(kind, patch_size):
-    backbone = build(kind, patch_size=patch_size)
+def test_equals_timm_with_nothing_hidden(kind, args):
+    backbone = build(kind, **args)
     images = torch.randn(2, 3, 64, 64)
     features = backbone.timm.forward_features(images)
     tokens = backbone(images, layers=(-1,))
@@ -42,10 +47,10 @@ def test_equals_timm_with_nothing_hidden(kind, patch_size):
     torch.testing.assert_close(tokens.pooled, backbone.timm(images), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("patch_size", [1, 4])
+@STEMS
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_cells_kept_equals_nothing_hidden(kind, patch_size):
-    backbone = build(kind, patch_size=patch_size)
+def test_all_cells_kept_equals_nothing_hidden(kind, args):
+    backbone = build(kind, **args)
     images, ids = torch.randn(2, 3, 64, 64), torch.arange(backbone.cells(64)[0] ** 2).expand(2, -1)
     plain, dropped = backbone(images), backbone(images, Drop(ids))
     torch.testing.assert_close(dropped.patches, plain.patches, atol=1e-5, rtol=1e-5)
@@ -55,13 +60,14 @@ def test_all_cells_kept_equals_nothing_hidden(kind, patch_size):
 def test_total_stride_is_the_cell():
     # timm's stem of 2 is followed by a down-sampling in the first stage, so 2 and 4 share a total stride of 32.
     assert [build(patch_size=p).cell for p in (1, 2, 4)] == [8, 32, 32]
+    assert [build(output_stride=s).cell for s in (8, 16, 32)] == [8, 16, 32]
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@STEMS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hide", [Drop, Replace])
-def test_hidden_pixels_leak_exactly_nothing(kind, patch_size, hide):
-    backbone = build(kind, needs=Needs(hide=hide), size=128, patch_size=patch_size)
+def test_hidden_pixels_leak_exactly_nothing(kind, args, hide):
+    backbone = build(kind, needs=Needs(hide=hide), size=128, **args)
     cells = backbone.cells(128)[0] ** 2
     keep, hidden = split_ids(2, cells, cells // 3)
     mask = torch.zeros(2, cells, dtype=torch.bool).scatter(1, hidden, True)
@@ -222,10 +228,10 @@ def test_check_notices_another_kind_of_block():
 
 
 @pytest.mark.parametrize(("kind", "decoder"), [("v2", "block"), ("v1", "unet")])
-@pytest.mark.parametrize("patch_size", [1, 4])
-def test_decoders_predict_hidden_cells_and_train(kind, decoder, patch_size):
-    backbone = build(kind, size=128 if patch_size == 4 else 32, patch_size=patch_size)
-    size = 128 if patch_size == 4 else 32
+@pytest.mark.parametrize("args", [{"patch_size": 1}, {"output_stride": 16}, {}], ids=str)
+def test_decoders_predict_hidden_cells_and_train(kind, decoder, args):
+    backbone = build(kind, size=128, **args)
+    size = 4 * backbone.cell
     head = pixel_conv.build(decoder, backbone, size, width=32, depth=None)
     keep, hidden = split_ids(2, 16, head.keep(16, head.mask_ratio))
     tokens = backbone(torch.randn(2, 3, size, size), Drop(keep), layers=head.layers)
@@ -235,6 +241,11 @@ def test_decoders_predict_hidden_cells_and_train(kind, decoder, patch_size):
     unused = [n for n, p in head.named_parameters() if p.grad is None]
     unused += [n for n, p in backbone.named_parameters() if p.grad is None]
     assert unused == ["timm.head.norm.weight", "timm.head.norm.bias"]  # neither method trains the final norm
+
+
+def test_decoder_width_must_halve_per_up_sampling():
+    with pytest.raises(BackboneError, match="divisible by 32"):
+        pixel_conv.build("unet", build("v1"), 128, width=48, depth=None)
 
 
 def test_hidden_only_predictions_equal_dense_ones():

@@ -96,7 +96,9 @@ def test_spark(folder, case, dtype):
     config, state = info["config"], part(t, "state.", dtype)
     scale = config.get("layer_scale_init_value", config.get("layer_scale"))
     backbone, parts = official(state, "spark", "convnext_atto", config, ls_init_value=scale)
-    decoder = UNetDecoder(config["dims"], backbone.cell, width=config.get("decoder_width", config.get("dec_width")))
+    decoder = UNetDecoder(
+        config["dims"], backbone.reductions, width=config.get("decoder_width", config.get("dec_width"))
+    )
     decoder.load_state_dict(parts["decoder"])
     backbone.to(dtype), decoder.to(dtype).train()
     images = t.get("input.images", t.get("input.image")).to(dtype)

@@ -3,6 +3,7 @@
 SparK: Tian et al., ICLR 2023 (arXiv 2301.03580). FCMAE and GRN: Woo et al., CVPR 2023 (arXiv 2301.00808).
 Everything after a block's 7x7 convolution is pointwise and every down-sampling is non-overlapping, so multiplying by
 the visibility map after the stem, each down-sampling and each block is exactly a submanifold sparse convolution.
+(Dilated stages, timm's output_stride, do look at neighbours when they change stage; those are zero where hidden.)
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ def run_block(block: ConvNeXtBlock, x: Tensor, visible: Tensor | None = None, dr
 
 
 class ConvNeXt(Backbone):
-    """A timm ConvNeXt (V1 or V2). cell = total stride, 32 px with the usual stem of 4; maskable sizes are multiples.
+    """A timm ConvNeXt (V1 or V2). cell = total stride; maskable sizes are its multiples.
+
+    The total stride is 32 px with a stem (patch_size) of 4 or 2, since timm adds a down-sampling after a stem of 2, and
+    8 px with a stem of 1. For small images output_stride=16 or 8 gives finer cells at a fraction of the cost of that.
 
     pooled: timm's own head without the classifier (mean over visible positions, then head.norm). patches: head.norm
     of the last map's positions; where `needs.stride` is finer than that, the fused stages instead (their LayerNorm in
@@ -100,12 +104,10 @@ class ConvNeXt(Backbone):
             for b in blocks
         ):
             raise BackboneError(f"{self.architecture} is not made of timm's plain ConvNeXt blocks; {works}")
-        convs = [m for part in (model.stem, *(s.downsample for s in model.stages)) for m in part.modules()]
-        overlap = any(m.kernel_size != m.stride for m in convs if isinstance(m, nn.Conv2d))
+        overlap = any(m.kernel_size != m.stride for m in model.stem.modules() if isinstance(m, nn.Conv2d))
         if needs.hide is not None and overlap:
             raise BackboneError(
-                f"{self.architecture} has an overlapping stem or dilated stages, where hidden pixels would leak into "
-                f"visible cells; {works}"
+                f"{self.architecture} has an overlapping stem, where hidden pixels leak into visible cells; {works}"
             )
         if needs.attention:
             raise BackboneError(

@@ -16,7 +16,7 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from ..backbones.tokens import Backbone, Tokens, patchify, pick
+from ..backbones.tokens import Backbone, BackboneError, Tokens, patchify, pick
 from .fuse import StageFusion, enlarge, flat, visibility
 from .global_batchnorm import GlobalBatchNorm2d
 
@@ -104,21 +104,25 @@ class UpBlock(nn.Module):
 class UNetDecoder(nn.Module):
     """SparK's light U-Net (Tian et al. 2023, section 3.2): all stages, densified, added on the way up to pixels.
 
-    widths: stage widths, fine to coarse; cell: total stride in pixels, a power of two.
+    widths and reductions: of the stages, fine to coarse; the coarsest reduction (a power of two) is the cell.
+    BackboneError if `width` cannot be halved per up-sampling.
     """
 
     mask_ratio = 0.6
 
-    def __init__(self, widths: Sequence[int], cell: int, *, width: int = 768):
+    def __init__(self, widths: Sequence[int], reductions: Sequence[int], *, width: int = 768):
         super().__init__()
-        ups = int(math.log2(cell))
-        # A stem of stride 1 has a stage at full resolution, which no up-block would follow: it is left out.
-        self.layers = tuple(range(-1, -1 - min(len(widths), ups), -1))
-        self.cell = cell
+        self.cell = reductions[-1]
+        ups = int(math.log2(self.cell))
         if width % 2**ups:
-            raise ValueError(f"objective.decoder_dim={width} must be divisible by {2**ups}, halved per up-sampling")
+            raise BackboneError(f"objective.decoder_dim={width} must be divisible by {2**ups}, halved per up-sampling")
+        # The last stage of each resolution that an up-block follows; a stage at full resolution is left out.
+        last = {reduction: stage for stage, reduction in enumerate(reductions)}
+        self.layers = tuple(last[self.cell >> i] for i in range(ups) if self.cell >> i in last)
         channels = [width >> i for i in range(ups + 1)]
-        self.densify = nn.ModuleList(Densify(widths[i], channels[-1 - i], i == -1) for i in self.layers)
+        self.densify = nn.ModuleList(
+            Densify(widths[stage], channels[i], deepest=i == 0) for i, stage in enumerate(self.layers)
+        )
         self.blocks = nn.ModuleList(UpBlock(channels[i], channels[i + 1]) for i in range(ups))
         self.proj = nn.Conv2d(channels[-1], 3, 1)
         self.apply(_init)
@@ -175,5 +179,5 @@ def build(kind: str, backbone: Backbone, image_size: int, *, width: int | None, 
         return BlockDecoder(backbone.embed_dim, backbone.cell, **given)
     if kind == "unet":
         given.pop("depth", None)  # its depth follows from the stride
-        return UNetDecoder(backbone.widths, backbone.cell, **given)
+        return UNetDecoder(backbone.widths, backbone.reductions, **given)
     return FusedDecoder(backbone.widths, backbone.reductions[0], backbone.cell, **given)
