@@ -132,8 +132,9 @@ def test_fcmae_with_the_response_per_image(folder, case, dtype):
     """The paper's, timm's and our GRN; the recorded numbers are a dense re-statement's."""
     _, t, backbone, decoder, images, mask = fcmae(folder, case, dtype)
     loss, _, (encoder,) = run(backbone, decoder, images, mask, layers=(-1,))
-    assert_close(encoder, t["output.encoder_sample_grn"], "encoder", atol=1e-5)
-    assert_close(loss, t["output.loss_sample_grn"], "loss", atol=1e-5)
+    # For a single image the two norms are one, and the case may leave the second set of numbers out.
+    assert_close(encoder, t.get("output.encoder_sample_grn", t["output.encoder"]), "encoder", atol=1e-5)
+    assert_close(loss, t.get("output.loss_sample_grn", t["output.loss"]), "loss", atol=1e-5)
 
 
 def batch_response(grn, x, visible):
