@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfsight.probes import ProbeError
 from selfsight.probes.knn import knn, neighbours, standard_error, vote
 
 GOLDENS = Path(os.environ.get("SELFSIGHT_GOLDENS", Path(__file__).parent / "goldens")) / "probing"
@@ -105,19 +106,19 @@ def test_centring_removes_a_common_offset():
 
 def test_unlabelled_samples_are_refused_with_their_number():
     bank, labels, queries, query_labels = toy()
-    with pytest.raises(ValueError, match="1 of 60 samples have no label"):
+    with pytest.raises(ProbeError, match="1 of 60 samples have no label"):
         knn(bank, labels.index_fill(0, torch.tensor([3]), -1), queries, query_labels)
 
 
 def test_more_neighbours_than_samples_is_refused():
-    with pytest.raises(ValueError, match="k=61 neighbours of a bank of 60"):
+    with pytest.raises(ProbeError, match="k=61 neighbours of a bank of 60"):
         knn(*toy(), ks=(61,))
 
 
 def test_diverged_features_are_refused():
     bank, labels, queries, query_labels = toy()
     queries[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ProbeError, match="NaN"):
         knn(bank, labels, queries, query_labels)
 
 

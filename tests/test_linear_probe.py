@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from selfsight.probes import ProbeError
 from selfsight.probes.linear import _fit, held_out, linear
 
 
@@ -80,5 +81,5 @@ def test_the_held_out_tenth_follows_the_id_alone():
 
 def test_unlabelled_samples_are_refused():
     train, labels, test, test_labels = data()
-    with pytest.raises(ValueError, match="200 of 200 test samples have no label"):
+    with pytest.raises(ProbeError, match="200 of 200 test samples have no label"):
         run(tensors=(train, labels, test, torch.full_like(test_labels, -1)))

@@ -236,6 +236,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         run = load_run(source, which)
         card = run.card
         export_backbone(run.backbone, out, mean=run.mean, std=run.std, image_size=run.image_size, card=card)
+    print(f"{out}: timm.create_model('local-dir:{out}', pretrained=True) opens it; see README.md inside", flush=True)
     return {"out": str(out), "which": card.get("which"), "step": card.get("steps")}
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ProbeError
+
 CHUNK = 4096  # queries per matrix product: bounds memory at CHUNK x bank similarities
 
 
@@ -60,7 +62,7 @@ def knn(
 
     bank [N, D], queries [Q, D]: features of any float type, not yet normalised. labels: int64, all >= 0.
     center: subtract the bank's mean from both first (removes the common direction that dominates the cosine of
-    untrained and pixel features). Raises ValueError rather than leaving anything out.
+    untrained and pixel features). Raises ProbeError rather than leaving anything out.
     """
     _check(bank, bank_labels, queries, query_labels, max(ks), temps)
     bank, queries = bank.float(), queries.float()
@@ -87,13 +89,13 @@ def _score(ranked: Tensor, labels: Tensor) -> KNN:
 def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int, temps: Sequence[float]):
     for name, x, labels in (("bank", bank, bank_labels), ("query", queries, query_labels)):
         if len(x) != len(labels) or not len(x):
-            raise ValueError(f"k-NN {name}: {len(x)} features and {len(labels)} labels; both must be equal and not 0")
+            raise ProbeError(f"k-NN {name}: {len(x)} features and {len(labels)} labels; both must be equal and not 0")
         if int(labels.min()) < 0:
             missing = int((labels < 0).sum())
-            raise ValueError(f"k-NN {name}: {missing} of {len(labels)} samples have no label; all need one")
+            raise ProbeError(f"k-NN {name}: {missing} of {len(labels)} samples have no label; all need one")
         if not torch.isfinite(x).all():
-            raise ValueError(f"k-NN {name}: features contain NaN or infinity; the backbone has diverged")
+            raise ProbeError(f"k-NN {name}: features contain NaN or infinity; the backbone has diverged")
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k={k} neighbours of a bank of {len(bank)} samples; choose 1 <= k <= {len(bank)}")
+        raise ProbeError(f"k={k} neighbours of a bank of {len(bank)} samples; choose 1 <= k <= {len(bank)}")
     if min(temps) <= 0:
-        raise ValueError(f"k-NN temperature {min(temps)} must be positive; 0.07 is usual")
+        raise ProbeError(f"k-NN temperature {min(temps)} must be positive; 0.07 is usual")

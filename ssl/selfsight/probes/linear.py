@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.rng import key_of, uniform
+from . import ProbeError
 
 MOMENTUM, INIT_STD, EPS = 0.9, 0.01, 1e-6
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # for a batch of 256; scaled by batch / 256
@@ -60,7 +61,7 @@ def linear(
     """Fit every (lr, weight decay) on train without the `select` rows (bool [n]), choose on them, score test once.
 
     Features [n, D] of any float type, labels int64 >= 0. lrs are per 256 samples of batch. The same seed gives the
-    same result on one device. ValueError when labels are missing or the selection split is empty.
+    same result on one device. ProbeError when labels are missing or the selection split is empty.
     """
     _check(train, train_labels, test_labels, select)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
@@ -119,11 +120,11 @@ def _check(train: Tensor, train_labels: Tensor, test_labels: Tensor, select: np.
     for name, labels in (("train", train_labels), ("test", test_labels)):
         if not len(labels) or int(labels.min()) < 0:
             missing = int((labels < 0).sum())
-            raise ValueError(f"linear probe: {missing} of {len(labels)} {name} samples have no label; all need one")
+            raise ProbeError(f"linear probe: {missing} of {len(labels)} {name} samples have no label; all need one")
     if not torch.isfinite(train).all():
-        raise ValueError("linear probe: features contain NaN or infinity; the backbone has diverged")
+        raise ProbeError("linear probe: features contain NaN or infinity; the backbone has diverged")
     if not 0 < int(np.sum(select)) < len(train):
-        raise ValueError(
+        raise ProbeError(
             f"linear probe: {int(np.sum(select))} of {len(train)} training samples are held out to choose a learning "
             "rate; use more training samples (a tenth is held out)"
         )
