@@ -1,13 +1,20 @@
-"""The grid of linear heads: each head trains as if alone, and nothing is chosen on the test split."""
+"""The grid of linear heads: each trains as if alone, nothing is chosen on the test split; and `probe` end to end."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 
+from selfsight.backbones import build_backbone
+from selfsight.backbones.tokens import Needs
+from selfsight.interop.export import export_backbone
 from selfsight.probes import ProbeError
 from selfsight.probes.linear import _fit, held_out, linear
+from selfsight.probes.run import load_backbone, probe
 
 
 def data(n=400, q=200, d=8, classes=3, seed=0):
@@ -83,3 +90,75 @@ def test_unlabelled_samples_are_refused():
     train, labels, test, test_labels = data()
     with pytest.raises(ProbeError, match="200 of 200 test samples have no label"):
         run(tensors=(train, labels, test, torch.full_like(test_labels, -1)))
+
+
+def squares(folder, split, count, classes=("blue", "green", "red")):
+    """A folder of coloured squares in class folders (flat without classes)."""
+    rng = np.random.default_rng(len(split))
+    for i in range(count):
+        colour = np.eye(3)[i % 3] * 160 + 40
+        pixels = np.clip(colour + rng.normal(0, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
+        path = folder / split / (classes[i % 3] if classes else "") / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return str(folder / split)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_nano", Needs(), image_sizes=(16,), depth=1, patch_size=4)
+    card = {"objective": "mae", "backbone": "vit_nano", "which": "student", "steps": 7}
+    folder = tmp_path_factory.mktemp("probe") / "export"
+    return export_backbone(backbone, folder, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=16, card=card)
+
+
+def settings(checkpoint, out, root, root_val=None, name="knn", **changes):
+    kinds = {
+        "knn": {"name": "knn", "k": 5, "temperature": 0.07, "center": True, "bank": None},
+        "linear": {"name": "linear", "lrs": [0.1, 1.0], "weight_decays": [0.0], "epochs": 20, "batch_size": 32},
+    }
+    data = {"name": "folder", "root": root, "root_val": root_val, "mode": "exact", "labels": "auto", "index_dir": None}
+    return OmegaConf.create({
+        "checkpoint": str(checkpoint), "probe": kinds[name] | {"bank": None}, "data": data, "which": None,
+        "image_size": None, "batch_size": 32, "num_workers": 0, "seed": 0, "out": str(out), "device": "cpu",
+    } | changes)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["knn", "linear"])
+def test_a_probe_of_an_export_writes_its_number_and_protocol(exported, tmp_path, name):
+    roots = squares(tmp_path, "train", 90), squares(tmp_path, "val", 30)
+    result = probe(settings(exported, tmp_path / "out", *roots, name=name))
+    assert json.loads((tmp_path / "out" / f"{name}.json").read_text()) == json.loads(json.dumps(result))
+    assert result["top1"] > 80 and (result["n_bank"], result["n_query"]) == (90, 30)
+    assert result["step"] == 7 and result["mean"] == [0.5] * 3 and "the validation split" in result["protocol"]
+
+
+def test_without_a_validation_split_a_part_of_train_is_held_out_and_said(exported, tmp_path):
+    result = probe(settings(exported, tmp_path / "out", squares(tmp_path, "train", 60)))
+    assert result["n_bank"] + result["n_query"] == 60 and result["n_query"] > 3
+    assert "held-out fifth of the training split" in result["protocol"]
+
+
+def test_unlabelled_data_is_refused_in_one_sentence(exported, tmp_path):
+    with pytest.raises(ProbeError, match="probe=knn needs labels"):
+        probe(settings(exported, tmp_path / "out", squares(tmp_path, "flat", 30, classes=None)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "sentence"),
+    [
+        ("vit_tiny_patch16_22", "nearest: vit_tiny_patch16_224"),
+        ("/nowhere/at/all", "neither a run folder"),
+        (None, "needs checkpoint="),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused_with_what_works(checkpoint, sentence):
+    with pytest.raises(ProbeError, match=sentence):
+        load_backbone(checkpoint)
+
+
+def test_a_vit_can_be_probed_at_another_size(exported):
+    loaded = load_backbone(str(exported), image_size=24)
+    assert loaded.model(torch.zeros(1, 3, 24, 24)).shape == (1, 128)

@@ -11,7 +11,11 @@ from selfsight.training.pictures import grid, save_png
 from selfsight.training.report import Series, _thin, chart, ticks, write_report
 
 HEAD = "step,images,epoch,loss,lr,images_per_second,data_wait,mfu,knn,rankme,knn_raw_pixels,grad_norm\n"
-ROWS = ["0,0,0,,0.0,,,,12.5,3.2,20.1,", "10,640,0.1,0.91,1e-3,410.5,0.04,,,,,1.5", "20,1280,0.2,0.72,9e-4,432.0,0.03,,31.0,14.9,,1.2"]  # fmt: skip # noqa: E501
+ROWS = [
+    "0,0,0,,0.0,,,,12.5,3.2,20.1,",
+    "10,640,0.1,0.91,1e-3,410.5,0.04,,,,,1.5",
+    "20,1280,0.2,0.72,9e-4,432.0,0.03,,31.0,14.9,,1.2",
+]
 
 
 @pytest.fixture

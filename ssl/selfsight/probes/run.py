@@ -189,8 +189,8 @@ def _linear(cfg: Any, bank: Features, queries: Features, device: torch.device) -
     words = (
         f"One linear layer on frozen pooled features of un-augmented images, standardised per dimension (batch norm "
         f"without affine, exact statistics): {len(found.grid)} heads (learning rate x weight decay) trained side by "
-        f"side with SGD, momentum 0.9, cosine to zero, {p.epochs} epochs; the head was chosen on a held-out tenth of the "
-        f"training images and scored once on the test split."
+        f"side with SGD, momentum 0.9, cosine to zero, {p.epochs} epochs; the head was chosen on a held-out tenth "
+        f"of the training images and scored once on the test split."
     )
     numbers = {"top1": found.top1, "top5": found.top5, "select_top1": found.select_top1, "lr": found.lr,
                "weight_decay": found.weight_decay, "grid": found.grid}  # fmt: skip
