@@ -163,6 +163,11 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # a run that ended early says why, and with which exit status
+        if not (_is_ours(error) and hasattr(error, "code")):
+            raise
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.code
 
 
 def _run(command: str, args: list[str]) -> int:

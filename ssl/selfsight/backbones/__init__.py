@@ -26,12 +26,12 @@ NAMES: dict[str, tuple[str, str, dict[str, Any]]] = {
         f"convnextv2_{size}": ("convnext", f"convnextv2_{size}", {})
         for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
     },
-    # Stem stride 2: 64 px give 16 maskable cells.
+    # A dilated last stage: cells of 16 px, 16 of them at 64 px (patch_size=1: cells of 8 px, for 32 px images).
     "convnext_nano_lite": (
-        "convnext", "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192], "patch_size": 2},
+        "convnext", "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192], "patch_size": 2, "output_stride": 16},
     ),
     "convnextv2_nano_lite": (
-        "convnext", "convnextv2_atto", {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192], "patch_size": 2},
+        "convnext", "convnextv2_atto", {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192], "patch_size": 2, "output_stride": 16},
     ),
     **{f"shvit_s{i}": ("shvit", f"shvit_s{i}", {}) for i in range(1, 5)},
     "shvit_nano_lite": (
@@ -88,7 +88,7 @@ def build_backbone(
     family, architecture, model_args = family_of(name)
     if adapt != "none":
         raise BackboneError(f"adapt={adapt} is not available; adapt=none trains the whole backbone")
-    given = {k: v for k, v in kwargs.items() if v is not None}
+    given = {k: v for k, v in kwargs.items() if v is not None and (k, v) != ("registers", 0)}
     wrong = [k for k in given if family != "vit" and k in _VIT_ONLY and not (k == "pos_resize" and given[k] == "timm")]
     if wrong:
         raise BackboneError(f"backbone.{wrong[0]} is for ViT; {name} is of the family {family}")
@@ -113,5 +113,7 @@ def build_backbone(
 def _build(family: str, architecture: str, **kwargs: Any) -> Backbone:
     module, cls = _CLASSES[family].split(":")
     backbone = getattr(importlib.import_module(f".{module}", __package__), cls)(architecture, **kwargs)
+    if not kwargs["needs"].pooled:
+        backbone.freeze_pooled()
     backbone.check()
     return backbone

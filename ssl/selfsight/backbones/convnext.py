@@ -199,6 +199,9 @@ class ConvNeXt(Backbone):
         allow_graphs_per_stage()
         super().compile_blocks(**kwargs)
 
+    def freeze_pooled(self) -> None:
+        self.timm.head.norm.requires_grad_(False)
+
     @torch.no_grad()
     def check(self) -> None:
         """Compare with timm's own forward, nothing hidden; BackboneError if they differ by more than 1e-4."""

@@ -38,6 +38,7 @@ class Needs(NamedTuple):
     attention: bool = False  # last-block attention row of the pooled token (GLARE)
     stride: int | None = None  # dense tokens no coarser than this; hierarchical families fuse stages to get there
     class_token: bool = True  # False: ViT is built without a class token (I-JEPA, DMT-JEPA, SelfPatch)
+    pooled: bool = True  # False: the loss never sees the pooled token, so what only it passes through is frozen
     init: str = "timm"  # "mae": fixed sin-cos positions and Xavier weights on ViT, as in the MAE reference
 
 
@@ -114,6 +115,9 @@ class Backbone(nn.Module):
         norm: apply the final norm to `patches` and `prefix`. attention: also return the pooled token's last row.
         """
         raise NotImplementedError
+
+    def freeze_pooled(self) -> None:
+        """Freeze what only the pooled token passes through (DDP refuses parameters that get no gradient)."""
 
     def compile_blocks(self, **kwargs) -> None:
         """Compile the walker of one block (few graphs, short cold start, no state): `torch.compile(**kwargs)`."""

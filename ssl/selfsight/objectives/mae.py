@@ -29,7 +29,7 @@ MIN_CELLS = 16  # fewer give the decoder next to nothing to see
 class MAE(Objective):
     """student: the backbone; decoder: `nn.decoders`; cells: maskable cells of an image; keep: visible ones."""
 
-    needs = Needs(hide=Drop, init="mae")
+    needs = Needs(hide=Drop, pooled=False, init="mae")
 
     def __init__(
         self,

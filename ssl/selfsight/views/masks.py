@@ -46,7 +46,7 @@ def block_mask(key: Tensor, grid: tuple[int, int], counts: Tensor, purpose: str 
     inside &= (x >= left[..., None]) & (x < (left + width)[..., None])  # [B, 16, C]
     number = torch.arange(16, device=key.device)[:, None]
     first = torch.where(inside, number, 16).amin(1)
-    ranks = (first + u[:, 64:]).argsort(1, stable=True).argsort(1)
+    ranks = (first + u[:, 64:]).argsort(dim=1, stable=True).argsort(dim=1)
     return ranks < counts.reshape(b, 1)
 
 

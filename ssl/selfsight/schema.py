@@ -1,0 +1,431 @@
+"""What may be said in a config: the keys of every group, their types and ranges. Nothing here imports torch.
+
+A new objective is one YAML file in `conf/objective` and one dataclass in `SCHEMAS`.
+"""
+
+# ruff: noqa: RUF009  (the calls in dataclass defaults return dataclasses.field)
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class ConfigError(ValueError):
+    """A key, group or value is wrong; the message is one sentence that says what would work."""
+
+
+class Duration(NamedTuple):
+    """A stretch of training: amount in `unit` (steps | percent of the run | epochs)."""
+
+    amount: float
+    unit: str
+
+    def steps(self, total_steps: int, steps_per_epoch: float) -> int:
+        """Length in optimizer steps of a run of total_steps."""
+        per = {"steps": 1.0, "percent": total_steps / 100, "epochs": steps_per_epoch}[self.unit]
+        return round(self.amount * per)
+
+
+def duration(value: int | str) -> Duration:
+    """Parse 100 (steps), "5%" (of the run) or "40ep" (epochs); ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%|ep)?", str(value).strip())
+    unit = match and {None: "steps", "%": "percent", "ep": "epochs"}[match[2]]
+    amount = float(match[1]) if match else 0.0
+    if not unit or (unit == "steps" and amount % 1) or (unit == "percent" and amount > 100):
+        raise ConfigError(f"{value!r} is no duration: write steps (100), a share of the run (5%) or epochs (40ep)")
+    return Duration(amount, unit)
+
+
+# --- rules: what a value may be; carried in the metadata of a dataclass field -------------------------------------
+
+
+class Rule(NamedTuple):
+    """`parse` returns the value in its final form or raises ValueError; `expects` finishes "expected …"."""
+
+    expects: str
+    parse: Callable[[Any], Any]
+
+
+def _field(default: Any, expects: str, parse: Callable[[Any], Any]) -> Any:
+    metadata = {"rule": Rule(expects, parse)}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _require(ok: bool, value: Any) -> Any:
+    if not ok:
+        raise ValueError
+    return value
+
+
+def one_of(default: str | None, *choices: str) -> Any:
+    """A word from a list."""
+    return _field(default, "one of " + ", ".join(choices), lambda v: _require(v in choices, v))
+
+
+def _bounds(noun: str, low: float | None, high: float | None) -> Rule:
+    span = {
+        (True, True): f" from {low} to {high}",
+        (True, False): f" of at least {low}",
+        (False, True): f" of at most {high}",
+        (False, False): "",
+    }[low is not None, high is not None]
+
+    def parse(v: float) -> float:
+        inside = (low is None or low <= v) and (high is None or v <= high)
+        return _require(math.isfinite(v) and inside, v)
+
+    return Rule(noun + span, parse)
+
+
+def integer(default: int | None, low: int | None = 1, high: int | None = None) -> Any:
+    """A whole number in [low, high]."""
+    return _field(default, *_bounds("a whole number", low, high))
+
+
+def number(default: float | None, low: float | None = 0.0, high: float | None = None) -> Any:
+    """A finite number in [low, high]."""
+    return _field(default, *_bounds("a number", low, high))
+
+
+def numbers(default: list[float] | None, count: int | None, low: float, high: float, rising: bool = False) -> Any:
+    """A list of numbers in [low, high], `count` of them, in rising order where asked."""
+
+    def parse(values: Any) -> list[float]:
+        found = [float(v) for v in values]
+        ordered = not rising or found == sorted(found)
+        length = len(found) == count if count else len(found) > 0
+        return _require(length and ordered and all(low <= v <= high for v in found), found)
+
+    example = "[0.2, 1.0]" if rising else "[0.9, 0.95]" if count == 2 else "[0.1, 0.3]"
+    return _field(
+        default, f"{count or 'some'} {'rising ' * rising}numbers from {low:g} to {high:g} such as {example}", parse
+    )
+
+
+def _auto_or_count(v: Any) -> Any:
+    return v if v == "auto" else _require(int(v) >= 1, int(v))
+
+
+def _auto_or_bool(v: Any) -> Any:
+    word = str(v).lower()
+    return _require(word in ("auto", "true", "false"), word if word == "auto" else word == "true")
+
+
+def _auto_or_floats(v: Any) -> Any:
+    if isinstance(v, str):
+        return _require(v == "auto", v)
+    return _require(len(v) > 0 and all(math.isfinite(float(x)) for x in v), [float(x) for x in v])
+
+
+def _patterns(v: Any) -> Any:
+    words = [v] if isinstance(v, str) else list(v)
+    if any(str(word).strip().startswith("pipe:") for word in words):
+        raise ConfigError(f"{v!r} would run a shell command; give paths or https addresses of tar files")
+    return _require(len(words) > 0 and all(isinstance(word, str) and word for word in words), v)
+
+
+def _warmup(v: Any) -> Any:
+    parsed = duration(v)
+    return int(parsed.amount) if parsed.unit == "steps" else str(v).strip()
+
+
+# --- schema ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Quick:
+    """What null keys fall back to on data=scenes when no duration is given (a few minutes on two cores)."""
+
+    batch_size: int | None = integer(None)
+    max_steps: int = integer(600)
+    base_lr: float | None = number(None)
+    weight_decay: float | None = number(None)
+    warmup: Any = _field(None, "steps (100), a share of the run (5%) or epochs (40ep)", _warmup)
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What null keys fall back to: the published recipe of the objective."""
+
+    batch_size: int = integer(4096)
+    max_epochs: int = integer(800)
+    base_lr: float = number(1.5e-4)
+    weight_decay: float = number(0.05)
+    betas: list[float] = numbers([0.9, 0.95], 2, 0, 1)
+    warmup_epochs: float = number(40)
+    min_lr: float = number(0.0)
+    clip: float | None = number(None)
+    quick: Quick = dataclasses.field(default_factory=Quick)
+
+
+@dataclasses.dataclass
+class MAE:
+    name: str = one_of("mae", "mae")
+    mask_ratio: float | None = number(None, 0.05, 0.95)
+    norm_pixels: bool = True
+    mask_unit: int | None = integer(None)
+    decoder: str = one_of("auto", "auto", "transformer", "block", "unet", "fused")
+    decoder_dim: int | None = integer(None)
+    decoder_depth: int | None = integer(None)
+    decoder_heads: int | None = integer(None)
+    crop_scale: list[float] = numbers([0.2, 1.0], 2, 0.01, 1, rising=True)
+    flip: float = number(0.5, 0, 1)
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+
+
+@dataclasses.dataclass
+class Decoder:
+    dim: int | None = integer(None)
+    depth: int | None = integer(None)
+    heads: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class BackboneConfig:
+    name: str | None = None
+    family: str | None = one_of(None, "vit", "convnext", "shvit", "timm")
+    patch_size: int | None = integer(None)
+    embed_dim: int | None = integer(None)
+    depth: int | None = integer(None)
+    num_heads: int | None = integer(None)
+    drop_path: float | None = number(None, 0, 0.95)
+    registers: int | None = integer(None, 0)
+    pos_resize: str | None = one_of("timm", "timm", "official")
+    image_size: int = integer(224, 8)
+    decoder: Decoder = dataclasses.field(default_factory=Decoder)
+
+
+@dataclasses.dataclass
+class Data:
+    name: str = one_of("shards", "shards", "folder", "scenes")
+    train: Any = _field(None, "a shard pattern such as /d/train-{000000..000099}.tar or a list of them", _patterns)
+    val: Any = _field(None, "a shard pattern such as /d/val-{000000..000009}.tar or a list of them", _patterns)
+    root: str | None = None
+    root_val: str | None = None
+    mode: str = one_of("exact", "exact", "stream")
+    labels: str = one_of("auto", "auto", "none")
+    index_dir: str | None = None
+    mean: Any = _field([0.485, 0.456, 0.406], "auto or one number per channel, [0.5, 0.5, 0.5]", _auto_or_floats)
+    std: Any = _field([0.229, 0.224, 0.225], "auto or one number per channel, [0.25, 0.25, 0.25]", _auto_or_floats)
+    channels: int = integer(3)
+    chunk: int = integer(1)
+    window: int = integer(128)
+    max_bad_fraction: float = number(0.01, 0, 1)
+    decoder: str = one_of("auto", "auto", "simplejpeg", "pillow")
+
+
+@dataclasses.dataclass
+class Scenes(Data):
+    size: int | None = integer(None, 16)
+    num_train: int = integer(5000)
+    num_val: int = integer(1000, 0)
+    num_classes: int = integer(10, 2)
+    seed: int = integer(0, 0)
+
+
+@dataclasses.dataclass
+class AdamW:
+    name: str = one_of("adamw", "adamw")
+    base_lr: float | None = number(None)
+    lr: float | None = number(None)
+    weight_decay: float | None = number(None)
+    betas: list[float] | None = numbers(None, 2, 0, 1)
+    eps: float = number(1e-8)
+    warmup: Any = _field(None, "steps (100), a share of the run (5%) or epochs (40ep)", _warmup)
+    min_lr: float | None = number(None)
+    clip: float | None = number(None)
+    clip_mode: str = one_of("global", "global", "per_tensor")
+    decay_rule: str = one_of("default", "default", "official")
+    schedule: str = one_of("cosine", "cosine")
+
+
+@dataclasses.dataclass
+class Trainer:
+    devices: Any = _field("auto", "auto or a whole number of at least 1", _auto_or_count)
+    num_nodes: int = integer(1)
+    accelerator: str = one_of("auto", "auto", "cpu", "gpu")
+    precision: str = one_of("auto", "auto", "32", "bf16-mixed", "16-mixed")
+    strategy: str = one_of("auto", "auto", "ddp")
+    compile: Any = _field(False, "auto, true or false", _auto_or_bool)
+    max_batch_per_device: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class Logger:
+    name: str = one_of("csv", "csv", "wandb")
+    project: str = "selfsight"
+    mode: str = one_of("auto", "online", "offline", "auto")
+    entity: str | None = None
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Launcher:
+    name: str = one_of("local", "local")
+
+
+@dataclasses.dataclass
+class KNNProbe:
+    name: str = one_of("knn", "knn")
+    k: int = integer(20)
+    temperature: float = number(0.07, 1e-4)
+    center: bool = True
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class LinearProbe:
+    name: str = one_of("linear", "linear")
+    lrs: list[float] = numbers([0.1], None, 1e-8, 1e4)
+    weight_decays: list[float] = numbers([0.0], None, 0, 10)
+    epochs: int = integer(50)
+    batch_size: int = integer(1024)
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class ViewKind:
+    n: int | None = integer(None, 0)
+    size: int | None = integer(None, 8)
+    scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every_n_steps: int | None = integer(None)
+    every_n_minutes: float | None = number(10, 0)
+    keep_last: int = integer(2)
+    keep_best: bool = True
+
+
+@dataclasses.dataclass
+class OnlineKNN:
+    every_n_steps: int | None = integer(None, 0)
+    bank: int = integer(2000)
+    queries: int = integer(1000)
+    k: int = integer(20)
+    temperature: float = number(0.07, 1e-4)
+
+
+@dataclasses.dataclass
+class Pictures:
+    every_n_steps: int | None = integer(None, 0)
+
+
+@dataclasses.dataclass
+class Train:
+    objective: Any = None
+    backbone: Any = None
+    data: Any = None
+    optim: Any = None
+    trainer: Any = None
+    logger: Any = None
+    launcher: Any = None
+    run_dir: str | None = None
+    seed: int = integer(0, 0)
+    batch_size: int | None = integer(None)
+    max_steps: int | None = integer(None)
+    max_epochs: float | None = number(None, 1e-6)
+    max_images: int | None = integer(None)
+    image_size: int | None = integer(None, 8)
+    num_workers: int | None = integer(None, 0)
+    init_from: str | None = None
+    adapt: str = "none"
+    deterministic: str = one_of("data", "data", "exact")
+    allow_change: bool = False
+    log_every_n_steps: int | None = integer(None)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    knn: OnlineKNN = dataclasses.field(default_factory=OnlineKNN)
+    pictures: Pictures = dataclasses.field(default_factory=Pictures)
+    eval: dict[str, Any] = dataclasses.field(default_factory=dict)
+    views: dict[str, ViewKind] = dataclasses.field(default_factory=lambda: {"global": ViewKind(), "local": ViewKind()})
+
+
+@dataclasses.dataclass
+class Bench(Train):
+    seconds: float = number(5, 0.1)
+
+
+@dataclasses.dataclass
+class Probe:
+    probe: Any = None
+    data: Any = None
+    checkpoint: str | None = None
+    which: str | None = one_of(None, "student", "teacher")
+    image_size: int | None = integer(None, 8)
+    batch_size: int = integer(256)
+    num_workers: int | None = integer(None, 0)
+    seed: int = integer(0, 0)
+    out: str | None = None
+    device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
+
+
+@dataclasses.dataclass
+class Export:
+    checkpoint: str | None = None
+    which: str | None = one_of(None, "student", "teacher")
+    out: str | None = None
+    overwrite: bool = False
+
+
+@dataclasses.dataclass
+class Prepare:
+    kind: str | None = one_of(None, "folder", "list", "shards", "scenes")
+    source: Any = _field(None, "a folder, a text file of paths, or a shard pattern", _patterns)
+    out: str | None = None
+    size: int | None = integer(None, 8)
+    quality: int = integer(90, 1, 100)
+    val_fraction: float = number(0.0, 0, 0.9)
+    samples_per_shard: int = integer(10000)
+    workers: int | None = integer(None, 0)
+    labels: str = one_of("auto", "auto", "none")
+    seed: int = integer(0, 0)
+    count: int = integer(5000)
+    image_size: int = integer(64, 16)
+
+
+@dataclasses.dataclass
+class Index:
+    data: Any = None
+
+
+@dataclasses.dataclass
+class Doctor:
+    data: Any = None
+    run_dir: str | None = None
+    num_workers: int | None = integer(None, 0)
+
+
+COMMANDS = {
+    "train": Train,
+    "bench": Bench,
+    "probe": Probe,
+    "export": Export,
+    "prepare": Prepare,
+    "index": Index,
+    "doctor": Doctor,
+}
+# The schema of a group's option; a single class where all options share it.
+SCHEMAS: dict[str, Any] = {
+    "objective": {"mae": MAE},
+    "backbone": BackboneConfig,
+    "data": {"shards": Data, "folder": Data, "scenes": Scenes},
+    "optim": AdamW,
+    "trainer": Trainer,
+    "logger": Logger,
+    "launcher": Launcher,
+    "probe": {"knn": KNNProbe, "linear": LinearProbe},
+}
+DURATIONS = ("max_steps", "max_epochs", "max_images")
+# Where it runs, how fast, what it writes: may differ on resume and leaves the name of the run folder alone.
+# The recipe and the backbone's decoder are defaults: what they led to stands in the keys that they filled.
+NOT_IN_RESULT = (
+    *("run_dir", "allow_change", "num_workers", "log_every_n_steps", "trainer", "logger", "launcher"),
+    *("checkpoint", "knn", "pictures", "objective.recipe", "backbone.decoder"),
+)
