@@ -51,7 +51,8 @@ h2 { font-size:1.15rem; margin:44px 0 14px; }
 p.sub, figcaption, .unit { color:var(--soft); } p.sub { margin:0 0 28px; overflow-wrap:anywhere; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; }
 .tile, .chart, figure, details { background:var(--card); border:1px solid var(--rule); border-radius:10px; }
-.tile { padding:14px 16px; } .tile b { display:block; font-size:1.5rem; font-weight:600; letter-spacing:-.01em; }
+.tile { padding:14px 16px; }
+.tile b { display:block; font-size:1.35rem; white-space:nowrap; font-weight:600; letter-spacing:-.01em; }
 .tile span { color:var(--soft); font-size:.86rem; }
 .charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr)); gap:16px; }
 .chart { padding:14px 14px 6px; } .chart h3 { margin:0; font-size:.98rem; }
