@@ -22,7 +22,7 @@ from ..probes.knn import knn
 
 RANK_ROWS = 2048  # singular values of more rows cost more and say the same
 RAW_SIDE = 64  # larger images are averaged down before raw pixels are compared: a bank of 224 px would take gigabytes
-BATCH = 256
+BATCH, CPU_BATCH = 256, 64  # images per forward pass; on CPUs small batches stay in the cache
 
 
 def rankme(features: Tensor) -> float:
@@ -85,8 +85,9 @@ class Online:
     ) -> dict[str, float]:
         """{"knn" (with labels only), "rankme", "feature_std"}; the backbone is in eval mode meanwhile, in float32."""
         sets = [self.bank] if self.queries is None else [self.bank, self.queries]
+        batch = CPU_BATCH if torch.device(device).type == "cpu" else BATCH
         with frozen(backbone):
-            features = [encode_pixels(backbone, s.pixels, mean, std, device=device, batch_size=BATCH)[0] for s in sets]
+            features = [encode_pixels(backbone, s.pixels, mean, std, device=device, batch_size=batch)[0] for s in sets]
         if not all(torch.isfinite(f).all() for f in features):  # training itself stops on a non-finite loss
             return {}
         numbers = {"rankme": rankme(features[0]), "feature_std": feature_std(features[0])}
