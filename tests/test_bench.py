@@ -1,0 +1,189 @@
+"""`selfsight bench`: the three rates, what binds, what would help; nothing is written."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfsight import bench, config
+
+TINY = [
+    "seconds=0.1", "batch_size=8", "max_steps=100", "image_size=32", "data.size=32", "data.num_train=64",
+    "data.num_val=0", "num_workers=0", "backbone.depth=1", "backbone.embed_dim=32", "backbone.num_heads=2",
+    "backbone.patch_size=4", "trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+def setting(**changes):
+    known = bench.Setting(1, 64, 1, 2, 8, 1, torch.device("cpu"), "32-true", False)
+    return known._replace(**changes)
+
+
+def numbers(**changes):
+    return {"model": 100.0, "data": 1000.0, "binds": "model", "memory_share": None} | changes
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """One tiny benchmark: (its numbers, what it printed, the folder it ran in)."""
+    import contextlib
+    import io
+
+    folder, text = tmp_path_factory.mktemp("bench"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(text):
+        found = bench.bench(config.load("bench", TINY))
+    return found, text.getvalue(), folder
+
+
+def test_three_rates_are_measured(measured):
+    found, _, _ = measured
+    assert all(found[part] > 0 for part in ("model", "data", "end_to_end"))
+    assert found["binds"] in ("model", "data", "balanced", "cores")
+
+
+def test_the_table_names_all_parts_and_the_projected_time(measured):
+    _, text, _ = measured
+    for words in ("model alone", "data alone", "both", "100 steps = 800 images", "MFU n/a"):
+        assert words in text
+
+
+def test_no_mfu_where_the_peak_is_not_known(measured):
+    found, _, _ = measured
+    assert found["mfu_model"] is None and found["flops_per_image"] > 0
+
+
+def test_no_run_folder_is_made(measured):
+    _, _, folder = measured
+    assert list(folder.iterdir()) == []
+
+
+def test_projected_time_is_the_runs_images_over_the_rate_of_all_processes(measured):
+    found, _, _ = measured
+    assert found["projected_seconds"] == pytest.approx(800 / found["end_to_end"])
+
+
+def test_accumulation_counts_micro_batches(measured):
+    cfg = config.load("bench", [*TINY, "trainer.max_batch_per_device=2"])
+    assert bench._setting(cfg).micro_batches == 4
+
+
+def test_one_process_of_several_gets_its_share_of_the_batch():
+    cfg = config.load("bench", [*TINY, "trainer.devices=2", "trainer.num_nodes=2"])
+    assert bench._setting(cfg)[:2] == (4, 2)
+
+
+def test_stream_mode_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "open_source", lambda data, split: iter(()))
+    with pytest.raises(ValueError, match=r"data\.mode=exact"):
+        bench.bench(config.load("bench", TINY))
+
+
+def test_out_of_memory_names_a_smaller_micro_batch(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "measure_model", full)
+    with pytest.raises(ValueError, match=r"trainer\.max_batch_per_device=4"):
+        bench.bench(config.load("bench", TINY))
+
+
+@pytest.mark.parametrize(
+    ("rates", "binding"),
+    [
+        ((100, 1000, 98), "model"),
+        ((1000, 100, 98), "data"),
+        ((100, 105, 95), "balanced"),
+        ((100, 120, 60), "cores"),
+    ],
+)
+def test_what_binds_follows_from_the_rates(rates, binding):
+    assert bench.binds(*rates) == binding
+
+
+def test_windows_do_not_count_the_warm_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    windows = bench.Windows(10.0, images=4, unit=1, warm_up=3, wait_for_device=lambda: None)
+    for i in range(1000):
+        now[0] += 5.0 if i < 3 else 0.5  # compilation, then 8 images per second
+        if windows.tick():
+            break
+    assert windows.rate()[:3] == pytest.approx((8.0, 8.0, 8.0))
+
+
+def test_slow_batches_end_after_one_window(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    windows = bench.Windows(1.0, images=4, unit=1, warm_up=3, wait_for_device=lambda: None)
+    ticks = 0
+    while True:
+        now[0] += 60.0
+        ticks += 1
+        if windows.tick():
+            break
+    assert ticks == 2
+
+
+def test_large_images_are_to_be_prepared():
+    advice = bench.advise(numbers(binds="data", data=10.0), setting(), shorter_side=1200, image_size=224)
+    assert "selfsight prepare" in advice[0] and "size=256" in advice[0]
+
+
+def test_idle_cores_are_to_be_used():
+    advice = bench.advise(numbers(binds="data", data=50.0), setting(), shorter_side=256, image_size=224)
+    assert advice == ["num_workers=4: 8 cores are here"]
+
+
+def test_small_micro_batches_on_a_roomy_gpu_are_to_grow():
+    roomy = setting(device=torch.device("cuda"), precision="bf16-mixed", compiled=True, micro_batches=4)
+    advice = bench.advise(numbers(memory_share=0.2), roomy, shorter_side=256, image_size=224)
+    assert advice == ["trainer.max_batch_per_device=32: a micro-batch of 16 uses 20% of the memory"]
+
+
+def test_full_precision_without_compilation_on_a_gpu_is_pointed_out():
+    advice = bench.advise(numbers(), setting(device=torch.device("cuda")), shorter_side=256, image_size=224)
+    assert [a.split(" ")[0] for a in advice] == ["trainer.precision=bf16-mixed", "trainer.compile=true"]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The folder of benchmark scripts, importable."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
+
+def test_textbook_mae_step_has_our_loss_and_gradients(benchmarks):
+    import mae_step
+
+    ours, cfg = mae_step.build(["backbone=vit_nano"])
+    images = torch.randn(2, 3, cfg.image_size, cfg.image_size)
+    batch = ours.draw({"key": torch.arange(2), "images": {"image": images[None]}}, 0)
+    _, difference = mae_step.check(ours, mae_step.Textbook(ours), batch, images)  # asserts the same loss
+    assert difference < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*tar")  # webdataset leaves the shard open
+def test_loader_benchmark_reads_the_same_samples_both_ways(benchmarks, tmp_path):
+    import loader
+
+    paths = loader.synthetic(tmp_path, count=3, height=48, width=64)
+    source = loader.Shards(paths)
+    assert loader.read_webdataset(paths, source) == loader.read_ours(source, loader.np.arange(3)) == 3
+
+
+def test_ratios_of_a_comparison_are_relative_to_its_first_variant(benchmarks, monkeypatch):
+    import loader
+
+    now = [0.0]
+    monkeypatch.setattr(loader, "spent", lambda: now[0])
+
+    def taking(seconds):
+        def run():
+            now[0] += seconds
+            return 10
+
+        return run
+
+    found = loader.compare({"slow": taking(4.0), "fast": taking(1.0)}, repeats=3)
+    assert (found["slow"]["ratio"], found["fast"]["ratio"]) == (1.0, 4.0)
