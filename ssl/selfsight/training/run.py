@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,11 @@ class Run:
         return Plan(
             self.dir, self.total_steps, cfg.batch_size, 1, self.num_samples, self.steps_per_epoch,
             cfg.log_every_n_steps, knn_every, c.every_n_steps, c.every_n_minutes, c.keep_last, c.keep_best,
-            max(8, fraction), {"fingerprint": self._fingerprint(), "versions": provenance.versions()},
+            max(8, fraction),
+            {
+                "fingerprint": self._fingerprint(), "versions": provenance.versions(),
+                "mean": self.mean, "std": self.std,
+            },
         )  # fmt: skip
 
     def _trainer(self, after: AfterStep) -> tuple[int, Any]:
@@ -336,13 +341,22 @@ class Run:
         backbone = self.ready_backbone()
         export_backbone(
             backbone, self.dir / "export", mean=self.mean, std=self.std, image_size=self.cfg.image_size,
-            card=summary | {"config": OmegaConf.to_container(self.cfg, resolve=True), "data": self.source.describe},
+            card=self._card(summary),
         )  # fmt: skip
         write_report(self.dir)
         if self.sink is not None:
             self.sink.finish()
         print("\n" + closing_table(summary, self.dir), flush=True)
         return summary
+
+    def _card(self, summary: dict) -> dict:
+        return summary | {
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "data": self.source.describe,
+            "which": next(iter(self.module.objective.exports())),
+            "image_size": self.cfg.image_size,
+            "batch_size": self.cfg.batch_size,
+        }
 
     def _summary(self, metrics: Metrics, world: int, seconds: float) -> dict:
         def ends(column: str) -> tuple[float | None, float | None]:
@@ -370,6 +384,7 @@ class Run:
             "seconds": seconds,
             "processes": world,
             "run_dir": str(self.dir),
+            "data_args": data_args(self.cfg.data),
             "objective": self.cfg.objective.name,
             "backbone": self.cfg.backbone.name,
             "provenance": provenance.collect(self.device),
@@ -382,6 +397,18 @@ def workers_for(wanted: int | None, local_world: int, on_gpu: bool) -> int:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // max(1, local_world) - 1)) if on_gpu else 1
+
+
+def data_args(data: Any) -> str:
+    """The words that make another command read the same data; nothing for the built-in scenes."""
+    if data.name == "scenes":
+        return ""
+    words = [f"data={data.name}"]
+    for key in ("train", "val", "root", "root_val"):
+        if data.get(key):
+            value = data[key] if isinstance(data[key], str) else f"[{','.join(data[key])}]"
+            words.append(f"data.{key}={shlex.quote(value)}")
+    return " " + " ".join(words)
 
 
 def closing_table(summary: dict, run_dir: Path) -> str:
@@ -408,7 +435,7 @@ def closing_table(summary: dict, run_dir: Path) -> str:
     return (
         f"{table}\n\n  everything is in {run_dir}: report.html, export/ (opens with timm), pictures/, metrics.csv\n\n"
         f"next:\n"
-        f"  {script.format('probe')} checkpoint={run_dir} probe=linear\n"
+        f"  {script.format('probe')} checkpoint={run_dir} probe=linear{summary.get('data_args', '')}\n"
         f"  {script.format('export')} checkpoint={run_dir} out=my_backbone\n"
         f"  python -c \"import timm; timm.create_model('local-dir:{run_dir}/export', pretrained=True)\""
     )

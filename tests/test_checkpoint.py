@@ -1,0 +1,104 @@
+"""Checkpoints: durable, verified, pruned; aliased tensors once; damage falls back to the one before."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from selfsight.training import checkpoint
+
+
+def save(folder, step, value=None, **kwargs):
+    tensors = {"w": torch.full((3,), float(step if value is None else value))}
+    return checkpoint.save(folder, step, {"model": tensors, "optim": {}}, {"note": "x"}, **kwargs)
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 5)
+    tensors, meta = checkpoint.load(path)
+    assert torch.equal(tensors["w"], torch.full((3,), 5.0))
+    assert (meta["step"], meta["note"]) == (5, "x")
+    assert (tmp_path / "latest").read_text().strip() == "step-000000005"
+
+
+def test_only_the_newest_and_the_best_are_kept(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, keep_last=2, best=step == 2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{s:09d}" for s in (2, 4, 5)]
+    assert checkpoint.best(tmp_path).name == "step-000000002"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "unfinished"])
+def test_damage_falls_back_to_the_one_before(tmp_path, damage):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(data[:-4])
+    elif damage == "flip":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "manifest":
+        (path / "MANIFEST.json").write_text("{")
+    else:
+        (path / "MANIFEST.json").unlink()
+    if damage == "unfinished":
+        found = checkpoint.newest(tmp_path)
+    else:
+        with pytest.warns(UserWarning, match="is damaged .* falling back"):
+            found = checkpoint.newest(tmp_path)
+    assert found.name == "step-000000001"
+
+
+def test_a_failed_write_leaves_the_earlier_one_and_no_rubbish(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert checkpoint.newest(tmp_path).name == "step-000000001"
+
+
+def test_what_a_killed_writer_left_is_cleaned(tmp_path):
+    (tmp_path / ".tmp-step-000000003-1").mkdir()
+    (tmp_path / ".trash-step-000000001-1").mkdir()
+    save(tmp_path, 2)
+    checkpoint.clean(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-000000002", "latest"}
+
+
+def test_shared_tensors_are_stored_once_and_come_back(tmp_path):
+    student = nn.Linear(2, 2)
+    pair = nn.ModuleDict({"student": student, "teacher": nn.Linear(2, 2)})
+    pair["teacher"].weight = student.weight
+    state = checkpoint.unique_state(pair)
+    assert set(state) == {"student.weight", "student.bias", "teacher.bias"}
+    other = copy.deepcopy(pair)
+    with torch.no_grad():
+        for p in pair.parameters():
+            p.add_(1)
+    checkpoint.save(tmp_path, 1, {"model": state}, {})
+    checkpoint.load_unique_state(other, checkpoint.load(checkpoint.newest(tmp_path))[0])
+    assert torch.equal(other["teacher"].weight, pair["student"].weight)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_names():
+    with pytest.raises(checkpoint.CheckpointError, match=r"1 missing \['bias'\].*1 left over \['extra'\]"):
+        checkpoint.load_unique_state(nn.Linear(2, 2), {"weight": torch.zeros(2, 2), "extra": torch.zeros(1)})
+
+
+def test_another_format_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    meta = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(meta | {"format": 99}))
+    with pytest.raises(checkpoint.CheckpointError, match="format 99"):
+        checkpoint.load(path)

@@ -1,0 +1,94 @@
+"""A run that is killed or told to stop, and continued, ends with the same bits as one that was left alone."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+import runs
+from selfsight.config import ConfigError
+from selfsight.training import checkpoint
+
+STEPS = 14  # 40 samples in batches of 8: the stop falls into the middle of the second or third epoch
+SLOW = ("knn.every_n_steps=0",)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The reference, a run killed by SIGKILL and one stopped by SIGTERM; accumulation in all of them."""
+    root = tmp_path_factory.mktemp("runs")
+    common = (f"max_steps={STEPS}", "trainer.max_batch_per_device=4", "checkpoint.every_n_steps=3", *SLOW)
+    runs.run_here(root / "whole", *common)
+    victims = {}
+    for name, workers in (("killed", 2), ("stopped", 1)):
+        victims[name] = runs.start(root / name, *common, f"num_workers={workers}")
+    for name, process in victims.items():
+        runs.wait_for_step(root / name, process, 5)
+        process.send_signal(signal.SIGKILL if name == "killed" else signal.SIGTERM)
+    codes = {name: process.wait(60) for name, process in victims.items()}
+    reached = {name: checkpoint.newest(root / name / "checkpoints").name for name in victims}
+    for name in victims:
+        runs.run_here(root / name, *common, "num_workers=0" if name == "killed" else "num_workers=1")
+    return root, codes, reached
+
+
+def test_sigkill_and_continue_is_bit_identical(everything):
+    root, codes, reached = everything
+    assert codes["killed"] == -signal.SIGKILL
+    assert reached["killed"] < f"step-{STEPS:09d}"
+    runs.assert_identical(runs.final_state(root / "whole"), runs.final_state(root / "killed"))
+
+
+def test_sigterm_saves_at_the_step_boundary_and_continues_bit_identically(everything):
+    root, codes, reached = everything
+    assert codes["stopped"] == 128 + signal.SIGTERM
+    assert reached["stopped"] < f"step-{STEPS:09d}"
+    log = (root / "stopped.log").read_text()
+    assert "stopped by a signal at step" in log
+    assert "Traceback" not in log
+    runs.assert_identical(runs.final_state(root / "whole"), runs.final_state(root / "stopped"))
+
+
+def test_metrics_have_every_step_once_after_a_kill(everything):
+    root, _, _ = everything
+    for name in ("whole", "killed", "stopped"):
+        steps = [int(r.split(",")[0]) for r in (root / name / "metrics.csv").read_text().splitlines()[1:]]
+        assert steps == list(range(STEPS + 1)), name
+
+
+def test_the_run_folder_is_complete(everything):
+    root, _, _ = everything
+    names = {p.name for p in (root / "killed").iterdir()}
+    assert {"config.yaml", "metrics.csv", "summary.json", "checkpoints", "export", "report.html"} <= names
+    summary = json.loads((root / "killed" / "summary.json").read_text())
+    for key in (
+        "loss_first", "loss_last", "knn_untrained", "knn_raw_pixels", "knn", "rankme", "images_per_second",
+        "images_seen", "steps", "run_dir",
+    ):  # fmt: skip
+        assert summary[key] is not None, key
+    assert summary["images_seen"] == STEPS * 8
+
+
+def test_the_same_command_on_a_finished_run_says_so(everything, capsys):
+    root, _, _ = everything
+    before = Path(root / "whole" / "summary.json").stat().st_mtime_ns
+    summary = runs.run_here(
+        root / "whole", f"max_steps={STEPS}", "trainer.max_batch_per_device=4", "checkpoint.every_n_steps=3", *SLOW
+    )
+    assert "finished" in capsys.readouterr().out
+    assert summary["steps"] == STEPS
+    assert (root / "whole" / "summary.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_on_the_same_folder_stop_with_a_diff(everything):
+    root, _, _ = everything
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 1.*another run_dir"):
+        runs.run_here(root / "whole", f"max_steps={STEPS}", "seed=1", *SLOW)
+
+
+def test_a_deliberate_change_is_recorded(tmp_path):
+    runs.run_here(tmp_path / "r", "max_steps=2", *SLOW)
+    runs.run_here(tmp_path / "r", "max_steps=3", "allow_change=true", *SLOW)
+    assert "max_steps: 2 -> 3" in (tmp_path / "r" / "changes.jsonl").read_text()
+    assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000003"

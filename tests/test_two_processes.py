@@ -1,0 +1,136 @@
+"""Two processes with half the batch each compute what one process computes: loss, gradient, and a whole run."""
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import runs
+from selfsight import config
+from selfsight.data import open_source
+from selfsight.data.loader import Positions, Samples
+from selfsight.data.order import Order
+from selfsight.objectives import build_objective
+from selfsight.views.photo import prepare
+
+CASES = {
+    "mae vit_nano": ("objective=mae", "backbone=vit_nano", "image_size=32"),
+    "mae convnextv2": ("objective=mae", "backbone=convnextv2_nano_lite", "image_size=64"),
+    "mae convnext": ("objective=mae", "backbone=convnext_nano_lite", "image_size=64"),
+    "mae shvit": ("objective=mae", "backbone=shvit_nano_lite", "image_size=128"),
+}
+BATCH, STEPS = 8, 2
+
+
+class Wrapped(torch.nn.Module):
+    """DDP wants a forward."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch, step):
+        return self.objective.loss(batch, step)[0]
+
+
+def gradients(words: tuple[str, ...], rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Mean loss and averaged gradients of two steps of the global batch (no weights moved), and buffers after."""
+    cfg = config.load("train", [*words, "data.num_train=40", "data.num_val=8", f"batch_size={BATCH}"])
+    torch.manual_seed(0)
+    objective = build_objective(cfg, total_steps=10, steps_per_epoch=5).double()
+    source, views = open_source(cfg.data, "train"), objective.views()
+    samples = Samples(source, Order(0, source.lengths), views, seed=0)
+    net = Wrapped(objective)
+    if world > 1:
+        net = DistributedDataParallel(net, broadcast_buffers=False)
+    total = torch.zeros((), dtype=torch.float64)
+    for step, where in enumerate(Positions(0, STEPS, BATCH, 1, rank, world)):
+        batch = samples[where]
+        batch.pop("events")
+        batch = prepare(batch, views, torch.tensor([0.5] * 3), torch.tensor([0.25] * 3))
+        batch["images"] = {k: v.double() for k, v in batch["images"].items()}
+        loss = net(objective.draw(batch, step), step)
+        loss.backward()
+        total += loss.detach()
+    if world > 1:
+        dist.all_reduce(total)
+    found = {f"grad/{n}": p.grad for n, p in objective.named_parameters() if p.grad is not None}
+    buffers = {f"buffer/{n}": b for n, b in objective.named_buffers()}
+    return {"loss": total / world} | found | buffers
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    results = {name: gradients(words, rank, world) for name, words in CASES.items()}
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Every case in one pair of processes."""
+    folder = tmp_path_factory.mktemp("two")
+    for name, words in CASES.items():  # written once, before two processes ask for them
+        open_source(config.load("train", [*words, "data.num_train=40", "data.num_val=8"]).data, "train")
+        assert name
+    mp.start_processes(worker, args=(2, str(folder)), nprocs=2, start_method="spawn")
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_gradients_and_buffers_are_those_of_one_process(two, name):
+    one = gradients(CASES[name], 0, 1)
+    assert one.keys() == two[name].keys()
+    for key, expected in one.items():
+        torch.testing.assert_close(two[name][key], expected, rtol=1e-7, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.fixture(scope="module")
+def command_runs(tmp_path_factory):
+    """`python train.py trainer.devices=2`, left alone and with a signal to the second process only; and one process."""
+    root = tmp_path_factory.mktemp("ddp")
+    common = ("max_steps=8", "knn.every_n_steps=0", "checkpoint.every_n_steps=100")
+    runs.run_here(root / "one", *common)
+    process = runs.start(root / "two", *common, "trainer.devices=2")
+    stopped = runs.start(root / "signalled", *common[1:], "max_steps=300", "trainer.devices=2")
+    runs.wait_for_step(root / "signalled", stopped, 3)
+    (child,) = [int(c) for c in _children(stopped.pid) if b"train.py" in _command(c)]
+    os.kill(child, signal.SIGUSR1)
+    codes = process.wait(120), stopped.wait(60)
+    return root, codes
+
+
+def _children(pid: int) -> list[str]:
+    with open(f"/proc/{pid}/task/{pid}/children") as f:  # noqa: PTH123  (a kernel file, not a path of ours)
+        return f.read().split()
+
+
+def _command(pid: str) -> bytes:
+    with open(f"/proc/{pid}/cmdline", "rb") as f:  # noqa: PTH123
+        return f.read()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to find the second process")  # noqa: PTH110
+def test_a_whole_run_on_two_devices_agrees_with_one(command_runs):
+    root, codes = command_runs
+    assert codes[0] == 0, (root / "two.log").read_text()
+    one, two = runs.final_state(root / "one"), runs.final_state(root / "two")
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to find the second process")  # noqa: PTH110
+def test_a_signal_to_one_process_stops_both_after_a_checkpoint(command_runs):
+    root, codes = command_runs
+    log = (root / "signalled.log").read_text()
+    assert codes[1] not in (0, -signal.SIGKILL), log
+    assert "stopped by a signal at step" in log
+    assert list((root / "signalled" / "checkpoints").glob("step-*"))
