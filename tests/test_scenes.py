@@ -48,8 +48,8 @@ def test_scenes_are_pinned():
 
 PINNED_LABELS = [3, 1]
 PINNED_GREEN = [
-    [[108.0, 100.8, 63.4, 120.8], [97.0, 67.8, 82.1, 135.2], [65.3, 66.9, 93.2, 150.2], [118.7, 111.1, 115.0, 102.4]],
-    [[98.5, 73.5, 104.7, 136.3], [63.0, 55.1, 94.1, 141.3], [73.0, 63.6, 105.1, 150.8], [111.5, 108.1, 143.5, 157.3]],
+    [[143.5, 140.0, 182.3, 154.9], [96.0, 103.4, 117.2, 74.6], [52.4, 83.9, 94.5, 67.1], [52.1, 55.9, 104.0, 73.7]],
+    [[95.8, 63.0, 66.1, 92.5], [64.3, 47.8, 58.3, 96.2], [68.1, 50.3, 65.6, 94.7], [121.8, 117.9, 109.5, 103.0]],
 ]
 
 
@@ -73,7 +73,7 @@ def test_the_main_object_is_object_one_and_gives_the_label(some):
 
 def test_the_main_object_can_be_seen():
     shares = (render("train", np.arange(200)).objects == 1).mean(axis=(1, 2))
-    assert shares.min() > 0.05 and 0.12 < shares.mean() < 0.4
+    assert shares.min() > 0.08 and 0.2 < shares.mean() < 0.45
 
 
 def test_object_ids_have_no_gaps_and_one_class_each(some):
@@ -110,7 +110,7 @@ def test_other_sizes_show_the_same_scene(size, some):
     large = render("train", np.arange(2), size=size)
     assert large.images.shape == (2, size, size, 3) and np.array_equal(large.labels, some.labels[:2])
     share = (large.objects == 1).mean(axis=(1, 2)), (some.objects[:2] == 1).mean(axis=(1, 2))
-    assert np.abs(share[0] - share[1]).max() < 0.02
+    assert np.abs(share[0] - share[1]).max() < 0.03
     assert np.abs(large.images.mean(axis=(1, 2)) - some.images[:2].mean(axis=(1, 2))).max() < 4
 
 

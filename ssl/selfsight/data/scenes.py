@@ -63,30 +63,33 @@ def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _speckle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return 1.5 * np.sin(1.7 * u + 2.1 * np.sin(1.3 * v + 1)) * np.sin(1.9 * v + 1.7 * np.sin(1.1 * u + 2))
+    return 1.5 * np.sin(2.5 * u + 2.1 * np.sin(2 * v + 1)) * np.sin(2.8 * v + 1.7 * np.sin(1.7 * u + 2))
 
 
 def _marble(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.sin(0.6 * u + 1.8 * np.sin(0.5 * v + 0.7 * np.sin(0.6 * u)) + 1.3 * np.sin(0.9 * v - 0.4 * u))
+    return np.sin(0.4 * u + 1.8 * np.sin(0.3 * v + 0.7 * np.sin(0.4 * u)) + 1.3 * np.sin(0.6 * v - 0.25 * u))
 
 
 Drawn = dict[str, np.ndarray]  # a float32 [B] per name
 Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # The shape, negative inside, in units of the object's radius; and the texture, around 0, in radians.
 _KINDS: dict[str, tuple[Field, Field]] = {
-    "striped disc": (lambda u, v: _radius(u, v) - 0.9, lambda u, v: np.sin(u)),
-    "checked square": (partial(_polygon, corners=4, inner=cos(pi / 4)), lambda u, v: 1.6 * np.sin(u) * np.sin(v)),
+    "striped disc": (lambda u, v: _radius(u, v) - 0.9, lambda u, v: np.sin(0.85 * u)),
+    "checked square": (
+        partial(_polygon, corners=4, inner=cos(pi / 4)),
+        lambda u, v: 1.6 * np.sin(0.85 * u) * np.sin(0.85 * v),
+    ),
     "dotted triangle": (
         partial(_polygon, corners=3, inner=cos(pi / 3)),
-        lambda u, v: np.cos(1.4 * u) + np.cos(1.4 * v) - 0.45,
+        lambda u, v: np.cos(1.6 * u) + np.cos(1.6 * v) - 0.45,
     ),
-    "circled star": (partial(_polygon, corners=5, inner=0.5), lambda u, v: np.sin(1.7 * _radius(u, v))),
+    "circled star": (partial(_polygon, corners=5, inner=0.5), lambda u, v: np.sin(2 * _radius(u, v))),
     "speckled ring": (lambda u, v: np.abs(_radius(u, v) - 0.66) - 0.3, _speckle),
     "gridded cross": (_cross, lambda u, v: np.maximum(np.cos(u), np.cos(v)) - 0.6),
     "marbled crescent": (lambda u, v: np.maximum(_radius(u, v) - 1, 0.72 - _radius(u - 0.5, v)), _marble),
     "zigzag hexagon": (
         partial(_polygon, corners=6, inner=cos(pi / 6)),
-        lambda u, v: np.sin(u + 2.4 * np.abs(np.mod(v / pi, 2) - 1)),
+        lambda u, v: np.sin(0.9 * u + 2.4 * np.abs(np.mod(0.9 / pi * v, 2) - 1)),
     ),
     "rayed flower": (
         lambda u, v: _radius(u, v) - (0.74 + 0.24 * np.cos(5 * np.arctan2(v, u))),
@@ -94,7 +97,7 @@ _KINDS: dict[str, tuple[Field, Field]] = {
     ),
     "wavy lens": (
         lambda u, v: np.maximum(_radius(u - 0.75, v), _radius(u + 0.75, v)) - 1.27,
-        lambda u, v: np.sin(1.1 * v + 1.6 * np.sin(0.6 * u)),
+        lambda u, v: np.sin(0.75 * v + 1.6 * np.sin(0.4 * u)),
     ),
 }
 CLASSES = tuple(_KINDS)
@@ -106,11 +109,11 @@ _PALETTE = {"hue": (0, 1), "hue2": (0, 1), "saturation": (0.15, 0.95), "saturati
 _OBJECT = _PALETTE | {
     "class": (0, 1),
     "radius": (0, 1),  # share of the range of its slot
-    "angle": (-0.6, 0.6),  # turn of the shape: as in photographs, most things stand upright
-    "direction": (-0.7, 0.7),  # where around the main object, radians from the slot's own direction
+    "angle": (0, 2 * pi),  # turn of the shape
+    "direction": (-0.6, 0.6),  # where around the main object, radians from the slot's own direction
     "distance": (0.15, 0.9),  # own radii beyond the main object's rim
     "squeeze": (-0.18, 0.18),  # log of the aspect
-    "frequency": (5.5, 9.5),  # texture, radians per radius
+    "frequency": (11, 15),  # texture, radians per radius
     "turn": (-0.35, 0.35),  # of the texture against the shape, radians
     "phase": (-0.8, 0.8),
     "dark": (0.08, 0.42),
@@ -121,25 +124,24 @@ _OBJECT = _PALETTE | {
 }
 _GROUND = _PALETTE | {
     "texture": (0, 1),
-    "frequency": (6, 30),  # radians per image side
+    "frequency": (2, 12),  # radians per image side
     "angle": (0, 2 * pi),
     "phase": (0, 40),
     "dark": (0.1, 0.6),
-    "contrast": (0.04, 0.32),
+    "contrast": (0.03, 0.3),
     "slope": (0.0, 0.5),  # how fast the light falls off
 }
 _FRAME = {
     "count": (1, 4),  # objects beside the main one, rounded down
-    "y": (0.4, 0.6),
-    "x": (0.4, 0.6),
-    "around": (0, 2 * pi),  # direction of the first other object
+    "y": (0.26, 0.74),
+    "x": (0.26, 0.74),
     "light": (0, 2 * pi),
     "height": (0.35, 0.9),  # of the light above the horizon, radians
     "shadow": (0.2, 0.6),
     "ambient": (0.35, 0.65),
     "warmth": (-0.12, 0.12),
     "exposure": (0.85, 1.35),
-    "noise": (0.005, 0.035),
+    "noise": (0.003, 0.018),
 }
 
 
@@ -175,13 +177,14 @@ def _labels(root: int, indices: np.ndarray) -> np.ndarray:
 
 
 def _place(slot: int, drawn: Drawn, frame: Drawn, main: Drawn) -> None:
-    """Set "radius", "y", "x" (shares of the side) and "there": the others sit around the main object's rim."""
+    """Set "radius", "y", "x" (shares of the side) and "there": the others sit on the main one's inward rim."""
     if slot == 0:
-        drawn["radius"] = 0.29 + 0.11 * drawn["radius"]
+        drawn["radius"] = 0.32 + 0.18 * drawn["radius"]
         drawn["y"], drawn["x"], drawn["there"] = frame["y"], frame["x"], np.ones(len(frame["y"]), dtype=bool)
         return
     drawn["radius"] = 0.09 + 0.08 * drawn["radius"]
-    direction = frame["around"] + slot * np.float32(2 * pi / 3) + drawn["direction"]
+    inward = np.arctan2(0.5 - frame["y"], 0.5 - frame["x"])
+    direction = inward + (0, 0, 1.3, -1.3)[slot] + drawn["direction"]
     away = 0.8 * main["radius"] + drawn["distance"] * drawn["radius"]
     drawn["y"], drawn["x"] = frame["y"] + away * np.sin(direction), frame["x"] + away * np.cos(direction)
     drawn["there"] = slot <= frame["count"].astype(np.int64)
