@@ -23,11 +23,12 @@ TINY = (
 )  # fmt: skip
 
 
-def run_here(run_dir: Path, *overrides: str) -> dict:
-    """Train in this process; signal handlers are put back."""
+def run_here(run_dir: Path, *overrides: str, without: tuple[str, ...] = ()) -> dict:
+    """Train in this process; signal handlers are put back. without: keys of TINY that do not apply."""
+    tiny = [word for word in TINY if word.split("=")[0] not in without]
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
     try:
-        return train(config.load("train", [*TINY, f"run_dir={run_dir}", *overrides]))
+        return train(config.load("train", [*tiny, f"run_dir={run_dir}", *overrides]))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..views.place import independent
 from ..views.spec import Batch, Views
@@ -16,6 +16,7 @@ from .decode import crop_reduction, cut, decode, size_of, snap
 from .order import Order
 from .rng import key_of, uniform
 from .source import Raw, SampleError, Source
+from .stream import Stream
 
 MAX_SUBSTITUTES = 16
 
@@ -29,57 +30,96 @@ class Event(NamedTuple):
     why: str
 
 
+class Cutter:
+    """Decodes samples and cuts their crops into the rows of a batch; what both kinds of reading share."""
+
+    def __init__(self, views: Views, channels: int = 3):
+        self.views, self.channels = views, channels
+        self.outputs = np.repeat([c.size for c in views.crops], [c.count for c in views.crops])
+
+    def empty(self, b: int) -> Batch:
+        """A batch of b rows to fill."""
+        crops, boxes = {}, {}
+        for c in self.views.crops:
+            crops[c.name] = torch.empty(c.count, b, self.channels, c.size, c.size, dtype=torch.uint8)
+            boxes[c.name] = torch.empty(c.count, b, 4)
+        long = {k: torch.empty(b, dtype=torch.int64) for k in ("key", "id", "position", "label")}
+        return Batch(crops=crops, boxes=boxes, sizes=torch.empty(b, 2, dtype=torch.int64), events=[], **long)
+
+    def fill(self, batch: Batch, i: int, raw: Raw, key: np.ndarray) -> None:
+        """Decode once at the smallest sufficient size and cut every crop of one sample into row i."""
+        height, width = size_of(raw.image, raw.where)
+        place = self.views.place or independent
+        placed = place(lambda purpose, n: uniform(key, purpose, n)[0], self.views.crops, height, width, raw)
+        every = np.concatenate([placed[c.name] for c in self.views.crops])
+        at_least = crop_reduction(every, self.outputs, height, width)
+        image, factor = decode(raw.image, raw.where, at_least=at_least, channels=self.channels)
+        for crop in self.views.crops:
+            snapped = snap(placed[crop.name], factor, height, width)
+            batch["boxes"][crop.name][:, i] = torch.from_numpy(snapped)
+            for v, box in enumerate(snapped):
+                reduced = tuple(round(float(x) / factor) for x in box)
+                batch["crops"][crop.name][v, i] = cut(image, reduced, crop.size, crop.interpolation)
+        batch["label"][i] = raw.label
+        batch["sizes"][i, 0], batch["sizes"][i, 1] = height, width
+
+
 class Samples(Dataset):
     """A map-style data set over ranges of global positions: `samples[range(a, b)]` is one collated micro-batch."""
 
     def __init__(self, source: Source, order: Order, views: Views, seed: int, channels: int = 3):
-        self.source, self.order, self.views, self.seed, self.channels = source, order, views, seed, channels
+        self.source, self.order, self.seed, self.cutter = source, order, seed, Cutter(views, channels)
 
     def __getitem__(self, positions: range) -> Batch:
         """Batch of the samples at these positions; a pure function of (seed, positions) and the data."""
         where = np.arange(positions.start, positions.stop, dtype=np.int64)
         keys, ids = key_of(self.seed, where), self.order(where)
-        b = len(where)
-        crops = {
-            c.name: torch.empty(c.count, b, self.channels, c.size, c.size, dtype=torch.uint8) for c in self.views.crops
-        }
-        boxes = {c.name: np.empty((c.count, b, 4), np.float32) for c in self.views.crops}
-        labels, sizes, events = np.empty(b, np.int64), np.empty((b, 2), np.int64), []
-        for i in range(b):
-            key = keys[i : i + 1]
+        batch = self.cutter.empty(len(where))
+        for i, position in enumerate(where.tolist()):
             for attempt in range(MAX_SUBSTITUTES + 1):
                 try:
-                    raw = self.source.read(int(ids[i]))
-                    sizes[i] = self._fill(raw, key, i, crops, boxes)
-                    labels[i] = raw.label
+                    self.cutter.fill(batch, i, self.source.read(int(ids[i])), keys[i : i + 1])
                     break
                 except SampleError as bad:
-                    events.append(Event(int(where[i]), int(ids[i]), bad.where, bad.why))
+                    batch["events"].append(Event(position, int(ids[i]), bad.where, bad.why))
                     if attempt == MAX_SUBSTITUTES:
                         raise
-                    ids[i] = self.order.substitute(int(where[i]), attempt)
-        return Batch(
-            key=torch.from_numpy(keys), id=torch.from_numpy(ids), position=torch.from_numpy(where),
-            label=torch.from_numpy(labels), crops=crops, sizes=torch.from_numpy(sizes),
-            boxes={k: torch.from_numpy(v) for k, v in boxes.items()}, events=events,
-        )  # fmt: skip
+                    ids[i] = self.order.substitute(position, attempt)
+        batch["key"], batch["id"], batch["position"] = map(torch.from_numpy, (keys, ids, where))
+        return batch
 
-    def _fill(self, raw: Raw, key: np.ndarray, i: int, crops: dict, boxes: dict) -> tuple[int, int]:
-        """Decode once and cut every crop of one sample into row i of the batch."""
-        height, width = size_of(raw.image, raw.where)
-        place = self.views.place or independent
-        placed = place(lambda purpose, n: uniform(key, purpose, n)[0], self.views.crops, height, width, raw)
-        every = np.concatenate([placed[c.name] for c in self.views.crops])
-        outputs = np.repeat([c.size for c in self.views.crops], [c.count for c in self.views.crops])
-        at_least = crop_reduction(every, outputs, height, width)
-        image, factor = decode(raw.image, raw.where, at_least=at_least, channels=self.channels)
-        for crop in self.views.crops:
-            snapped = snap(placed[crop.name], factor, height, width)
-            boxes[crop.name][:, i] = snapped
-            for v, box in enumerate(snapped):
-                cell = tuple(round(float(x) / factor) for x in box)
-                crops[crop.name][v, i] = cut(image, cell, crop.size, crop.interpolation)
-        return height, width
+
+class StreamBatches(IterableDataset):
+    """Batches of a stream that can only be read from front to back: not exactly resumable.
+
+    A sample's key comes from its number within its reader, so that no two samples share one; `start` moves the keys
+    on when a run is continued.
+    """
+
+    def __init__(self, stream: Stream, views: Views, seed: int, batch_size: int, start: int, channels: int = 3):
+        self.stream, self.seed, self.batch_size, self.start = stream, seed, batch_size, start
+        self.cutter = Cutter(views, channels)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        readers = self.stream.world * (worker.num_workers if worker else 1)
+        reader = self.stream.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
+        raws, number = iter(self.stream), self.start
+        while True:
+            batch, i = self.cutter.empty(self.batch_size), 0
+            while i < self.batch_size:
+                position = number * readers + reader
+                key = key_of(self.seed, np.array([position]))
+                number += 1
+                raw = next(raws)
+                try:
+                    self.cutter.fill(batch, i, raw, key)
+                except SampleError as bad:
+                    batch["events"].append(Event(position, position, bad.where, bad.why))
+                    continue
+                batch["key"][i], batch["id"][i], batch["position"][i] = int(key[0]), position, position
+                i += 1
+            yield batch
 
 
 class Positions(Sampler[range]):
@@ -117,7 +157,9 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
-def make_loader(samples: Samples, positions: Positions, num_workers: int, pin_memory: bool) -> DataLoader:
+def make_loader(
+    samples: Samples | StreamBatches, positions: Positions | None, num_workers: int, pin_memory: bool
+) -> DataLoader:
     """A DataLoader over position ranges; batches come in order whatever the number of workers."""
     return DataLoader(
         samples, sampler=positions, batch_size=None, collate_fn=_as_is, num_workers=num_workers,

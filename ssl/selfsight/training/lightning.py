@@ -26,7 +26,7 @@ def precision_of(wanted: str, on_gpu: bool) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
-def make_trainer(cfg: Any, callbacks: list[pl.Callback], micro_batches: int = 1) -> pl.Trainer:
+def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A trainer for one run of the remaining steps as a single epoch."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -46,7 +46,6 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback], micro_batches: int = 1)
         strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if many else "auto",
         precision=precision_of(cfg.trainer.precision, on_gpu),
         max_epochs=1,
-        accumulate_grad_batches=micro_batches,
         deterministic=exact,
         benchmark=on_gpu and not exact,
         callbacks=callbacks,

@@ -38,8 +38,7 @@ class Plan:
     total_steps: int
     batch_size: int
     micro_batches: int
-    num_samples: int
-    steps_per_epoch: float
+    num_samples: int | None  # None: a stream
     log_every: int
     knn_every: int  # 0 = only at the end
     save_every: int | None
@@ -55,8 +54,8 @@ class Plan:
 class AfterStep(pl.Callback):
     """Runs on every process; only rank 0 writes. `evaluate(step)` returns numbers for the log (rank 0)."""
 
-    def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int], dict[str, float]], sink: Any = None):
-        self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, sink
+    def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int], dict[str, float]]):
+        self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, None
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
         self.sums: dict[str, Tensor] = {}
         self.summed = 0
@@ -146,7 +145,7 @@ class AfterStep(pl.Callback):
         row = {
             "step": step,
             "images": step * plan.batch_size,
-            "epoch": step * plan.batch_size / plan.num_samples,
+            "epoch": step * plan.batch_size / plan.num_samples if plan.num_samples else None,
             "loss": logs.pop("loss", None),
             "lr": module.lr(step - 1),
             "images_per_second": speed,

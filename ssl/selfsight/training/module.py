@@ -27,16 +27,16 @@ class Module(pl.LightningModule):
         *,
         mean: tuple[float, ...],
         std: tuple[float, ...],
-        seed: int,
         step: int = 0,
         optimizer_state: dict[str, Tensor] | None = None,
+        scaler_state: dict | None = None,
     ):
         super().__init__()
-        self.objective, self.optim, self.lr, self.seed, self.step = objective, optim, lr, seed, step
+        self.objective, self.optim, self.lr, self.step = objective, optim, lr, step
         self.views = objective.views()
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        self._optimizer_state = optimizer_state
+        self._optimizer_state, self._scaler_state = optimizer_state, scaler_state
         self.last_batches: list[Batch] = []  # what a non-finite loss is reported with
         self.last_logs: dict[str, Tensor] = {}
         self.finite: Tensor | None = None  # stays on the device; read one step later
@@ -47,6 +47,9 @@ class Module(pl.LightningModule):
         if self._optimizer_state is not None:
             load_optimizer_state(optimizer, self._optimizer_state)
             self._optimizer_state = None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and self._scaler_state is not None:
+            scaler.load_state_dict(self._scaler_state)
         return optimizer
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

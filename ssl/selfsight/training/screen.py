@@ -1,0 +1,126 @@
+"""What a run says at its start and at its end."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..backbones.tokens import Backbone
+from ..objectives.objective import Objective
+from .log import Metrics, count, duration
+
+
+def first_screen(
+    cfg: Any,
+    objective: Objective,
+    backbone: Backbone,
+    *,
+    num_samples: int | None,
+    labelled: bool,
+    describe: str,
+    steps: int,
+    world: int,
+    micro_batches: int,
+    workers: int,
+    device: str,
+    precision: str,
+    resuming: str | None,
+) -> str:
+    """What is trained, on how many images from where, batch, steps, parameters, and where the output goes."""
+    o = cfg.optim
+    whole, part = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (objective, backbone))
+    micro = f" in {micro_batches} micro-batches" if micro_batches > 1 else ""
+    rule = f" = {o.base_lr:g} x {cfg.batch_size} / 256" if o.base_lr is not None else ""
+    images = steps * cfg.batch_size
+    known = f"{count(num_samples)} images, {'with labels' if labelled else 'no labels'}: " if num_samples else ""
+    epochs = f", {images / num_samples:.4g} epochs" if num_samples else ""
+    lines = [
+        f"{cfg.objective.name} on {cfg.backbone.name} ({backbone.architecture}, {cfg.image_size} px)",
+        f"  data        {known}{describe}",
+        f"  batch       {cfg.batch_size} over {_many(world, 'process', 'es')}{micro}, "
+        f"{_many(workers, 'loader worker', 's')} each",
+        f"  length      {steps:,} steps = {count(images)} images{epochs}",
+        f"  parameters  {part:.2f} M in the backbone, {whole:.2f} M in all",
+        f"  optimizer   {o.name}, lr {o.lr:.3g}{rule}, weight decay {o.weight_decay:g}, warm-up {_warmup(o.warmup)}",
+        f"  device      {device}, precision {precision}",
+        f"  output      {cfg.run_dir}",
+    ]
+    return "\n".join(lines + ([f"  resuming    {resuming}"] if resuming else []))
+
+
+def _many(n: int, word: str, plural: str) -> str:
+    return f"{n} {word}{'' if n == 1 else plural}"
+
+
+def _warmup(value: int | str) -> str:
+    return f"{value} steps" if isinstance(value, int) else str(value).replace("ep", " epochs")
+
+
+def summarise(metrics: Metrics, total_steps: int) -> dict:
+    """The numbers of summary.json that follow from metrics.csv."""
+
+    def ends(column: str) -> tuple[float | None, float | None]:
+        values = [v for _, v in metrics.numbers(column)]
+        return (values[0], values[-1]) if values else (None, None)
+
+    speeds = sorted(v for _, v in metrics.numbers("images_per_second"))
+    first, last = ends("loss")
+    knn = dict(metrics.numbers("knn"))
+    return {
+        "loss_first": first,
+        "loss_last": last,
+        "knn_untrained": knn.get(0),
+        "knn_raw_pixels": ends("knn_raw_pixels")[0],
+        "knn": knn.get(total_steps),
+        "knn_best": max((v for s, v in knn.items() if s > 0), default=None),
+        "rankme": ends("rankme")[1],
+        "feature_std": ends("feature_std")[1],
+        "images_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "bad_samples": int(ends("bad_samples")[1] or 0),
+    }
+
+
+def data_args(data: Any) -> str:
+    """The words that make another command read the same data; nothing for the built-in scenes."""
+    if data.name == "scenes":
+        return ""
+    words = [f"data={data.name}"]
+    for key in ("train", "val", "root", "root_val"):
+        if data.get(key):
+            value = data[key] if isinstance(data[key], str) else f"[{','.join(data[key])}]"
+            words.append(f"data.{key}={shlex.quote(value)}")
+    return " " + " ".join(words)
+
+
+def closing_table(summary: dict, run_dir: Path) -> str:
+    """What a run achieved, and what to type next."""
+
+    def show(key: str, form: str) -> str:
+        value = summary.get(key)
+        return "-" if value is None else form.format(value)
+
+    rows = [
+        ("loss, start", show("loss_first", "{:.4f}")),
+        ("loss, end", show("loss_last", "{:.4f}")),
+        ("k-NN, untrained backbone", show("knn_untrained", "{:.1f} %")),
+        ("k-NN, raw pixels", show("knn_raw_pixels", "{:.1f} %")),
+        ("k-NN, trained backbone", show("knn", "{:.1f} %")),
+        ("RankMe", show("rankme", "{:.1f}")),
+        ("images seen", show("images_seen", "{:,}")),
+        ("images per second", show("images_per_second", "{:,.0f}")),
+        ("time", duration(summary.get("seconds") or 0)),
+    ]
+    if summary.get("bad_samples"):
+        rows.append(("bad samples skipped", show("bad_samples", "{:,}")))
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"  {name:<{width}}  {value:>12}" for name, value in rows)
+    script = "python {}.py" if Path("train.py").exists() else "selfsight {}"
+    folder = shlex.quote(str(run_dir))
+    return (
+        f"{table}\n\n  everything is in {run_dir}: report.html, export/ (opens with timm), pictures/, metrics.csv\n\n"
+        f"next:\n"
+        f"  {script.format('probe')} checkpoint={folder} probe=linear{summary.get('data_args', '')}\n"
+        f"  {script.format('export')} checkpoint={folder} out=my_backbone\n"
+        f"  python -c \"import timm; timm.create_model('local-dir:{run_dir}/export', pretrained=True)\""
+    )
