@@ -36,7 +36,10 @@ def save(path: Path | None, script: str, results: dict[str, Any]) -> None:
     """Write the results beside the machine they were measured on."""
     if path is None:
         return
-    command = " ".join([f"python benchmarks/{script}", *sys.argv[1:]])
+    # Paths are the measurer's own business.
+    command = " ".join([f"python benchmarks/{script}", *("…" if "/" in word else word for word in sys.argv[1:])])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, "machine": describe(), **results}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"command": command, "machine": describe(), **results}, indent=1, ensure_ascii=False) + "\n"
+    )
     print(f"written: {path}")

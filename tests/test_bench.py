@@ -91,10 +91,11 @@ def test_out_of_memory_names_a_smaller_micro_batch(monkeypatch):
 @pytest.mark.parametrize(
     ("rates", "binding"),
     [
-        ((100, 1000, 98), "model"),
-        ((1000, 100, 98), "data"),
-        ((100, 105, 95), "balanced"),
-        ((100, 120, 60), "cores"),
+        ((100, 1000, 98, 1), "model"),
+        ((1000, 100, 98, 1), "data"),
+        ((100, 105, 95, 1), "balanced"),
+        ((100, 120, 60, 1), "cores"),
+        ((100, 120, 55, 0), "model"),
     ],
 )
 def test_what_binds_follows_from_the_rates(rates, binding):
@@ -133,6 +134,11 @@ def test_large_images_are_to_be_prepared():
 def test_idle_cores_are_to_be_used():
     advice = bench.advise(numbers(binds="data", data=50.0), setting(), shorter_side=256, image_size=224)
     assert advice == ["num_workers=4: 8 cores are here"]
+
+
+def test_a_worker_that_slows_the_model_on_a_cpu_is_to_go():
+    advice = bench.advise(numbers(binds="cores", data=150.0), setting(), shorter_side=64, image_size=64)
+    assert advice[0].startswith("num_workers=0")
 
 
 def test_small_micro_batches_on_a_roomy_gpu_are_to_grow():

@@ -103,7 +103,7 @@ def _assemble(cfg: Any, source: Source, objective: Objective) -> tuple[Samples, 
     mean, std = (
         (0.5,) * cfg.data.channels if value == "auto" else tuple(value) for value in (cfg.data.mean, cfg.data.std)
     )
-    return samples, Module(objective, cfg.optim, lambda step: cfg.optim.lr, mean=mean, std=std, seed=cfg.seed)
+    return samples, Module(objective, cfg.optim, lambda step: cfg.optim.lr, mean=mean, std=std)
 
 
 # ---- what to measure -----------------------------------------------------------------------------------------
@@ -121,9 +121,7 @@ def _source(cfg: Any) -> Source:
 def _setting(cfg: Any) -> Setting:
     t = cfg.trainer
     on_gpu = t.accelerator == "gpu" or (t.accelerator == "auto" and torch.cuda.is_available())
-    local = t.devices
-    if local == "auto":
-        local = torch.cuda.device_count() if on_gpu else 1
+    local = t.devices if t.devices != "auto" else torch.cuda.device_count() if on_gpu else 1
     world = local * t.num_nodes
     micro = micro_batches(cfg.batch_size, world, t.max_batch_per_device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -232,7 +230,8 @@ def _wait_for(device: torch.device) -> Callable[[], Any]:
 def _fit(cfg: Any, module: Module, loader: Any, setting: Setting, warm_up: int) -> Rate:
     images = setting.local_batch // setting.micro_batches
     windows = Windows(cfg.seconds, images, setting.micro_batches, warm_up, _wait_for(setting.device))
-    trainer = make_trainer(cfg, [_Stopwatch(windows)], setting.micro_batches)
+    trainer = make_trainer(cfg, [_Stopwatch(windows)])
+    trainer.accumulate_grad_batches = setting.micro_batches
     trainer.fit(module, loader)
     return windows.rate()
 
@@ -285,7 +284,7 @@ def _numbers_of(
         "data": data.median,
         "end_to_end": both.median,
         "data_wait": both.waited,
-        "binds": binds(model.median, data.median, both.median),
+        "binds": binds(model.median, data.median, both.median, setting.workers),
         "flops_per_image": flops,
         "mfu_model": model.median * flops / peak if peak else None,
         "mfu_end_to_end": both.median * flops / peak if peak else None,
@@ -295,9 +294,12 @@ def _numbers_of(
     }
 
 
-def binds(model: float, data: float, both: float) -> str:
-    """model | data | balanced, or cores: where the two slow each other down because they share processor cores."""
-    if both * CLOSE * CLOSE < min(model, data):
+def binds(model: float, data: float, both: float, workers: int) -> str:
+    """model | data | balanced, or cores: where the two slow each other down because they share processor cores.
+
+    Without loader workers the two take turns, and the slower one binds.
+    """
+    if workers and both * CLOSE * CLOSE < min(model, data):
         return "cores"
     if max(model, data) < CLOSE * min(model, data):
         return "balanced"
@@ -339,7 +341,9 @@ def _advise_data(numbers: dict[str, Any], setting: Setting, shorter_side: float,
     if numbers["binds"] == "data" and spare > 0:
         need = math.ceil(max(1, setting.workers) * numbers["model"] / numbers["data"])
         advice.append(f"num_workers={min(setting.workers + spare, need)}: {setting.cores} cores are here")
-    elif not advice or numbers["binds"] == "cores":
+    elif numbers["binds"] == "cores" and not on_gpu:
+        advice.append("num_workers=0: beside a loader worker the model's threads wait for each other")
+    elif not advice:
         advice.append(
             f"more processor cores: the {setting.cores} here feed {setting.local_processes} "
             f"process{'es' if setting.local_processes > 1 else ''}"
@@ -379,7 +383,7 @@ def _print_conclusion(n: dict[str, Any], total_steps: int, batch_size: int) -> N
     words = {
         "model": f"the model binds: the data could feed {n['data'] / n['model']:.1f} times as much",
         "data": f"the data binds: the model could take {n['model'] / n['data']:.1f} times as much",
-        "balanced": "model and data are balanced: making one of them faster does not help",
+        "balanced": "model and data are balanced: making only one of them faster gains little",
         "cores": "model and loader share the processor's cores and slow each other down",
     }
     percent = [f"{v:.1%}" if v is not None else "n/a" for v in (n["mfu_model"], n["mfu_end_to_end"])]
