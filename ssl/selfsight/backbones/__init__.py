@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["NAMES", "backbone_args", "build_backbone"]
 
 _NANO = {"embed_dim": 128, "depth": 4, "num_heads": 4, "patch_size": 8}
+# A dilated last stage: cells of 16 px, 16 of them at 64 px (patch_size=1: cells of 8 px, for 32 px images).
+_LITE = {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192], "patch_size": 2, "output_stride": 16}
 
 # name -> (family, timm architecture, timm keyword arguments)
 NAMES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -26,13 +28,8 @@ NAMES: dict[str, tuple[str, str, dict[str, Any]]] = {
         f"convnextv2_{size}": ("convnext", f"convnextv2_{size}", {})
         for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
     },
-    # A dilated last stage: cells of 16 px, 16 of them at 64 px (patch_size=1: cells of 8 px, for 32 px images).
-    "convnext_nano_lite": (
-        "convnext", "convnext_atto", {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192], "patch_size": 2, "output_stride": 16},
-    ),
-    "convnextv2_nano_lite": (
-        "convnext", "convnextv2_atto", {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 192], "patch_size": 2, "output_stride": 16},
-    ),
+    "convnext_nano_lite": ("convnext", "convnext_atto", _LITE),
+    "convnextv2_nano_lite": ("convnext", "convnextv2_atto", _LITE),
     **{f"shvit_s{i}": ("shvit", f"shvit_s{i}", {}) for i in range(1, 5)},
     "shvit_nano_lite": (
         "shvit", "shvit_s1",

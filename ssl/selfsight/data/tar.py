@@ -252,6 +252,7 @@ class Reader:
     def _reset(self) -> None:
         self._open: OrderedDict[int, _Fd] = OrderedDict()
         self._lock, self._pid = threading.Lock(), os.getpid()
+        self._last: tuple[int, _Fd | None] = (-1, None)  # the usual case, without the lock
 
     def __getstate__(self) -> dict:
         return {"paths": self.paths, "stamps": self.stamps, "limit": self.limit}
@@ -263,9 +264,12 @@ class Reader:
     def _file(self, number: int) -> _Fd:
         if self._pid != os.getpid():  # a fork may have copied the lock while it was held
             self._reset()
+        last, file = self._last
+        if last == number:
+            return file
         with self._lock:
             file = self._open.pop(number, None) or _Fd(self.paths[number])
-            self._open[number] = file
+            self._open[number], self._last = file, (number, file)
             if len(self._open) > self.limit:
                 self._open.popitem(last=False)
         return file
@@ -285,6 +289,7 @@ class Reader:
             except OSError as error:
                 with self._lock:
                     self._open.pop(number, None)
+                    self._last = (-1, None)
                 if error.errno not in _TRANSIENT or wait is None:
                     raise DataError(f"{path} can no longer be read ({error.strerror}): check the storage") from error
                 time.sleep(wait)
