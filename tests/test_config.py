@@ -45,7 +45,7 @@ def test_another_duration_keeps_the_share_of_warmup():
 
 def test_a_duration_on_scenes_keeps_the_rest_of_the_quick_recipe():
     cfg = train("max_steps=1")
-    assert (cfg.max_steps, cfg.batch_size, cfg.optim.base_lr) == (1, 128, 3e-3)
+    assert (cfg.max_steps, cfg.batch_size, cfg.optim.base_lr) == (1, 64, 8e-3)
     assert train("max_steps=1", "batch_size=4", "optim.base_lr=1e-4").optim.base_lr == 1e-4
 
 
@@ -235,7 +235,7 @@ def test_the_run_folder_is_named_by_what_changes_the_result():
 def test_diff_lists_what_forbids_resuming():
     old, new = train(), train("seed=1", "optim.lr=0.5", "trainer.precision=32", "run_dir=x", "allow_change=true")
     assert config.diff(old, old) == []
-    assert config.diff(old, new) == ["optim.base_lr: 0.003 -> null", "optim.lr: 0.0015 -> 0.5", "seed: 0 -> 1"]
+    assert config.diff(old, new) == ["optim.base_lr: 0.008 -> null", "optim.lr: 0.0015 -> 0.5", "seed: 0 -> 1"]
 
 
 def test_a_saved_config_reads_back(tmp_path):
@@ -292,7 +292,7 @@ def test_the_other_commands_say_what_they_need(command, overrides, words):
 
 def test_the_other_commands_compose():
     assert config.load("probe", ["checkpoint=x", "probe=linear"]).probe.name == "linear"
-    assert config.load("bench", ["seconds=1"]).batch_size == 128
+    assert config.load("bench", ["seconds=1"]).batch_size == 64
     assert config.load("prepare", ["kind=scenes", "out=x"]).count == 5000
     assert config.load("doctor", []).data is None
     assert config.load("doctor", ["data=scenes"]).data.size == 64

@@ -42,7 +42,7 @@ what         objective=   {objective}
                           convnext_tiny … convnext_large   convnextv2_atto … convnextv2_huge
                           convnext_nano_lite convnextv2_nano_lite shvit_nano_lite
                           timm backbone.name=<any timm model>
-             backbone.patch_size= .embed_dim= .depth= .num_heads=   image_size=   init_from=
+             backbone.patch_size= .embed_dim= .depth= .num_heads=   image_size=
 data         data=        {data}
              data.train= data.val=   shard patterns        data.root= data.root_val=   folder, or text file of paths
              data.mean= data.std=    numbers, or auto      num_workers=
@@ -249,7 +249,9 @@ def _runs(args: list[str]) -> Any:
 
     if not args:
         raise ConfigError("show needs run folders, for example: selfsight show runs/*")
-    for word in args:
+    out = next((word.removeprefix("out=") for word in args if word.startswith("out=")), None)
+    runs = [word for word in args if not word.startswith("out=")]
+    for word in runs:
         if "=" in word:
-            raise ConfigError(f"show takes run folders, not {word!r}, for example: selfsight show runs/*")
-    return OmegaConf.create({"runs": args})
+            raise ConfigError(f"show takes run folders and out=, not {word!r}, for example: selfsight show runs/*")
+    return OmegaConf.create({"runs": runs, "out": out})

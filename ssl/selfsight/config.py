@@ -294,6 +294,20 @@ def _check(command: str, cfg: DictConfig) -> None:
         _fill(cfg.data, "size", 64)
     if "backbone" in cfg:
         _check_backbone(cfg.backbone)
+        _check_not_yet(cfg)
+
+
+def _check_not_yet(cfg: DictConfig) -> None:
+    """Keys whose meaning belongs to objectives that are not here: refused, never silently ignored."""
+    if cfg.init_from is not None:
+        raise ConfigError("init_from is not available in this version: leave it out to train from scratch")
+    given = [f"views.{kind}.{k}" for kind in ("global", "local") for k, v in cfg.views[kind].items() if v is not None]
+    if given and cfg.objective.name == "mae":
+        raise ConfigError(f"{given[0]} is for multi-crop objectives: objective=mae has objective.crop_scale instead")
+    if cfg.data.channels != 3:
+        raise ConfigError(
+            f"data.channels={cfg.data.channels}: backbones take 3 channels in this version; grayscale is read as RGB"
+        )
 
 
 def _check_prepare(cfg: DictConfig) -> None:
@@ -345,7 +359,6 @@ def resolve(cfg: DictConfig) -> DictConfig:
     for key in ("dim", "depth", "heads"):
         if f"decoder_{key}" in cfg.objective:
             _fill(cfg.objective, f"decoder_{key}", cfg.backbone.decoder[key])
-    _fill(cfg, "log_every_n_steps", 10)
     if cfg.run_dir is None:
         words = "-".join((cfg.objective.name, cfg.backbone.name, cfg.data.name))
         cfg.run_dir = f"runs/{re.sub(r'[^A-Za-z0-9_.-]+', '_', words)}-{result_hash(cfg)}"

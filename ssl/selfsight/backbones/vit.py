@@ -86,7 +86,10 @@ class ViT(Backbone):
         super().__init__()
         model_args["img_size"] = image_sizes[0]
         if not needs.class_token:
-            model_args |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+            model_args["class_token"] = False
+        if not (needs.class_token and needs.pooled):
+            # No loss forms the class token: the mean of the normed patch tokens says more about the image.
+            model_args |= {"global_pool": "avg", "fc_norm": False}
         self.architecture, self.model_args = architecture, model_args
         self.timm = timm.create_model(architecture, pretrained=False, num_classes=0, **model_args)
         self._refuse_other_kinds()

@@ -2,8 +2,9 @@
 
 Each scene has a textured, lit background and two to four solid objects with texture, shading and shadow that overlap.
 The class of an image is that of its main object (id 1): a shape and the texture it always carries. Colour, place,
-size, turn, light, background and the other objects are drawn at random, so that comparing pixels says little and
-learning what an object looks like says a lot. Everything comes with instance and semantic masks.
+size, turn, light and the other objects are drawn at random, and so is the ground, except that most scenes have the
+one texture that goes with their class: comparing pixels says little, learning what things look like says a lot.
+Everything comes with instance and semantic masks.
 
 An image is a pure function of (seed, split, index); changing what is drawn means a new `VERSION`.
 Arrays: B images of S x S pixels, float32, values in 0..1; object coordinates u, v have the object's radius as unit.
@@ -30,6 +31,7 @@ from .rng import fold, hash_ints, key_of, purpose_hash, uniform
 VERSION = 1
 SLOTS = 4  # objects per image at most; slot 0 is the main object
 PER_SHARD = 1000
+TYPICAL = 0.9  # share of scenes whose ground has the texture of the main object's class
 _ORDER = (1, 2, 0, 3)  # painted back to front: the last one may cover the rim of the main object
 _REACH = 0.26  # half the side of a window that holds a small object and its shadow
 _PIXELS = 1 << 17  # pixels rendered at once: small enough for the cache
@@ -105,7 +107,7 @@ _SHAPES, _TEXTURES = zip(*_KINDS.values())
 
 # --- what is drawn at random: name -> (low, high) --------------------------------------------------------------------
 
-_PALETTE = {"hue": (0, 1), "hue2": (0, 1), "saturation": (0.15, 0.95), "saturation2": (0.15, 0.95)}
+_PALETTE = {"hue": (0, 1), "hue2": (0, 1), "saturation": (0.05, 0.45), "saturation2": (0.05, 0.45)}
 _OBJECT = _PALETTE | {
     "class": (0, 1),
     "radius": (0, 1),  # share of the range of its slot
@@ -113,9 +115,9 @@ _OBJECT = _PALETTE | {
     "direction": (-0.6, 0.6),  # where around the main object, radians from the slot's own direction
     "distance": (0.15, 0.9),  # own radii beyond the main object's rim
     "squeeze": (-0.18, 0.18),  # log of the aspect
-    "frequency": (11, 15),  # texture, radians per radius
+    "frequency": (9, 12),  # texture, radians per radius
     "turn": (-0.35, 0.35),  # of the texture against the shape, radians
-    "phase": (-0.8, 0.8),
+    "phase": (-pi, pi),
     "dark": (0.08, 0.42),
     "bright": (0.62, 1.0),
     "swap": (0, 1),
@@ -123,12 +125,13 @@ _OBJECT = _PALETTE | {
     "gloss": (0.0, 0.5),
 }
 _GROUND = _PALETTE | {
+    "typical": (0, 1),
     "texture": (0, 1),
-    "frequency": (2, 12),  # radians per image side
+    "frequency": (24, 34),  # radians per image side
     "angle": (0, 2 * pi),
     "phase": (0, 40),
     "dark": (0.1, 0.6),
-    "contrast": (0.03, 0.3),
+    "contrast": (0.2, 0.5),
     "slope": (0.0, 0.5),  # how fast the light falls off
 }
 _FRAME = {
@@ -155,7 +158,10 @@ def render(split: str, indices: np.ndarray, *, size: int = 64, seed: int = 0) ->
     for slot, drawn in enumerate(objects):
         _place(slot, drawn, frame, objects[0])
         drawn["class"] = labels if slot == 0 else (labels + 1 + (drawn["class"] * 9).astype(np.int64)) % len(CLASSES)
-    canvas = _ground(_draw(key, "ground", _GROUND), frame, size)
+    ground = _draw(key, "ground", _GROUND)
+    # As fish are seen in water and cars on roads, most scenes have the ground that goes with their main object.
+    ground["texture"] = np.where(ground["typical"] < TYPICAL, (labels + 0.5) / len(CLASSES), ground["texture"])
+    canvas = _ground(ground, frame, size)
     ids = np.zeros((len(indices), size, size), dtype=np.uint8)
     for slot in _ORDER:
         _paint(canvas, ids, objects[slot], frame, slot)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -15,11 +16,28 @@ from ..backbones.vit import run_block
 from .positions import sincos_2d
 
 
+def run_last_block(block: Block, x: Tensor, count: int) -> Tensor:
+    """A block of which only the last `count` tokens are wanted: x [B, N, D] -> [B, count, D].
+
+    Keys and values come from all tokens; queries, projection and MLP are computed for the wanted ones only. Exact.
+    """
+    attn, wanted = block.attn, x[:, -count:]
+    normed = block.norm1(x)
+    dim = x.shape[-1]
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    q = F.linear(normed[:, -count:], weight[:dim], bias[:dim]).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    kv = F.linear(normed, weight[dim:], bias[dim:]).unflatten(-1, (2, attn.num_heads, -1))
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v)
+    wanted = wanted + attn.proj(out.transpose(1, 2).flatten(2))
+    return wanted + block.mlp(block.norm2(wanted))
+
+
 class PixelTransformer(nn.Module):
     """MAE's decoder (He et al. 2022, section 3): light blocks over visible and mask tokens.
 
     Mask tokens are appended with their positions and nothing is put back in order, because attention does not care
-    about order; only hidden positions are normalised and predicted. Both are exact.
+    about order; the last block, the norm and the prediction are computed for hidden positions only. All exact.
     """
 
     layers: tuple[int, ...] = ()
@@ -27,7 +45,7 @@ class PixelTransformer(nn.Module):
 
     def __init__(self, dim: int, grid: tuple[int, int], cell: int, *, width: int, depth: int, heads: int, prefix: int):
         super().__init__()
-        self.prefix, self.block_fn = prefix, run_block
+        self.prefix, self.block_fn, self.last_block_fn = prefix, run_block, run_last_block
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_2d(width, *grid, prefix=prefix)[None])
@@ -54,12 +72,13 @@ class PixelTransformer(nn.Module):
         prefix = x[:, : self.prefix] + self.pos_embed[:, : self.prefix]
         visible = x[:, self.prefix :] + pos[keep]
         x = torch.cat([prefix, visible, (self.mask_token + pos[hidden]).to(x.dtype)], dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x, _ = self.block_fn(block, x)
-        return self.pred(self.norm(x[:, -hidden.shape[1] :]))
+        return self.pred(self.norm(self.last_block_fn(self.blocks[-1], x, hidden.shape[1])))
 
     def compile_blocks(self, **kwargs) -> None:
         self.block_fn = torch.compile(self.block_fn, **kwargs)
+        self.last_block_fn = torch.compile(self.last_block_fn, **kwargs)
 
 
 # Which decoders a family can feed; the first is `decoder=auto`.

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from ..config import ConfigError
 from ..objectives.objective import Objective
 from ..views.photo import prepare
 from ..views.spec import Batch
@@ -88,10 +89,10 @@ class Module(pl.LightningModule):
 
 
 def micro_batches(batch_size: int, world: int, max_per_device: int | None) -> int:
-    """Micro-batches per optimizer step; ValueError says which numbers would divide."""
+    """Micro-batches per optimizer step; ConfigError says which numbers would divide."""
     if batch_size % world:
         fits = [n for n in range(1, world + 1) if batch_size % n == 0]
-        raise ValueError(
+        raise ConfigError(
             f"batch_size={batch_size} does not divide by {world} processes; use a multiple of {world}, "
             f"or {', '.join(map(str, fits[-3:]))} processes"
         )

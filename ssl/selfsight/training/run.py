@@ -37,7 +37,7 @@ from .schedules import warmup_cosine
 from .screen import closing_table, data_args, first_screen, summarise
 from .stop import StopFlag
 
-EVALUATIONS = 10  # per run, when knn.every_n_steps is not given
+LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
 FEW_BAD = 8  # bad samples that a run of any size survives
 
 
@@ -200,12 +200,13 @@ class Run:
         knn_every = cfg.knn.every_n_steps
         if knn_every is None:
             knn_every = max(1, math.ceil(self.total_steps / EVALUATIONS))
+        log_every = cfg.log_every_n_steps or min(100, math.ceil(self.total_steps / LINES))
         per_epoch = self.num_samples or self.total_steps * cfg.batch_size
         meta = {
             "fingerprint": self._fingerprint(), "versions": provenance.versions(), "mean": self.mean, "std": self.std,
         }  # fmt: skip
         return Plan(
-            self.dir, self.total_steps, cfg.batch_size, 1, self.num_samples, cfg.log_every_n_steps, knn_every,
+            self.dir, self.total_steps, cfg.batch_size, 1, self.num_samples, log_every, knn_every,
             c.every_n_steps, c.every_n_minutes, c.keep_last, c.keep_best,
             max(FEW_BAD, int(cfg.data.max_bad_fraction * per_epoch)), meta,
         )  # fmt: skip

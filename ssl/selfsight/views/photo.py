@@ -37,7 +37,7 @@ def prepare(batch: Batch, views: Views, mean: Tensor, std: Tensor) -> Batch:
             if crop.name in cells:
                 cells[crop.name] = flip(cells[crop.name], flips)
         x = photometric(x.float().div_(255), batch["key"], crop)
-        images[crop.name] = (x - mean[:, None, None]) / std[:, None, None]
+        images[crop.name] = x.sub_(mean[:, None, None]).div_(std[:, None, None])  # x is ours: no further copies
     added: Batch = {"images": images}
     if boxes:
         added["boxes"] = boxes
