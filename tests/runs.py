@@ -37,7 +37,7 @@ def run_here(run_dir: Path, *overrides: str, without: tuple[str, ...] = ()) -> d
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
     """Start `python train.py …` with its output in <run_dir>.log; its own process group."""
     command = [sys.executable, "train.py", *TINY, f"run_dir={run_dir}", *overrides]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums with other numbers of threads
     with run_dir.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=env

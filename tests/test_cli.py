@@ -31,7 +31,7 @@ def train_stub(monkeypatch):
 
 def test_a_command_gets_its_resolved_config(train_stub):
     assert run("train", "seed=7") == 0
-    assert (train_stub.cfg.seed, train_stub.cfg.batch_size) == (7, 128)
+    assert (train_stub.cfg.seed, train_stub.cfg.batch_size) == (7, 64)
 
 
 def test_a_script_says_the_same_without_the_command(train_stub):
@@ -90,7 +90,7 @@ def test_multirun_is_refused(capsys):
 def test_cfg_job_prints_the_whole_config(capsys):
     assert run("train", "--cfg", "job", "seed=3") == 0
     tree = yaml.safe_load(capsys.readouterr().out)
-    assert (tree["seed"], tree["optim"]["name"], tree["max_steps"]) == (3, "adamw", 600)
+    assert (tree["seed"], tree["optim"]["name"], tree["max_steps"]) == (3, "adamw", 1200)
 
 
 def test_prepare_takes_its_kind_as_a_bare_word(capsys):

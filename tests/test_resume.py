@@ -1,6 +1,7 @@
 """A run that is killed or told to stop, and continued, ends with the same bits as one that was left alone."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import runs
 from selfsight.config import ConfigError
 from selfsight.training import checkpoint
 
-STEPS = 14  # 40 samples in batches of 8: the stop falls into the middle of the second or third epoch
+STEPS = 45  # 40 samples in batches of 8: the stop falls into the middle of an epoch
 SLOW = ("knn.every_n_steps=0",)
 
 
@@ -79,6 +80,16 @@ def test_the_same_command_on_a_finished_run_says_so(everything, capsys):
     assert "finished" in capsys.readouterr().out
     assert summary["steps"] == STEPS
     assert (root / "whole" / "summary.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_was_ended_before_its_export_does_the_rest(everything):
+    root, _, _ = everything
+    for name in ("report.html", "summary.json"):
+        (root / "stopped" / name).unlink()
+    shutil.rmtree(root / "stopped" / "export")
+    words = (f"max_steps={STEPS}", "trainer.max_batch_per_device=4", "checkpoint.every_n_steps=3", *SLOW)
+    assert runs.run_here(root / "stopped", *words)["steps"] == STEPS
+    assert (root / "stopped" / "export" / "model.safetensors").exists()
 
 
 def test_other_settings_on_the_same_folder_stop_with_a_diff(everything):

@@ -49,6 +49,7 @@ class Plan:
     meta: dict = field(default_factory=dict)  # goes into every checkpoint
     flops_per_image: float | None = None
     peak_flops: float | None = None  # of all devices together
+    seconds_before: float = 0.0  # wall time of earlier sessions
 
 
 class AfterStep(pl.Callback):
@@ -63,16 +64,18 @@ class AfterStep(pl.Callback):
         self.stopped: RunStopped | None = None
         self.failed_saves = 0
         self.projected = False
+        self.started = time.monotonic()
+        self.copied: tuple[Tensor, torch.cuda.Event] | None = None
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
         self.flag.install()  # Lightning may have put its own handlers there
+        self.flag.training = True
         self.agreement, self.seen = Agreement(), module.step
         self.rank = trainer.global_rank
         self.metrics = Metrics(self.plan.run_dir / "metrics.csv", module.step) if self.rank == 0 else None
         self.bar = Bar(self.plan.total_steps, module.step, self.rank == 0)
-        self.started, self.first_step = time.monotonic(), module.step
         known = self.metrics.numbers("knn") if self.metrics else []
         self.best_knn = max((v for step, v in known if step > 0), default=None)
         self.ended = time.perf_counter()
@@ -101,7 +104,7 @@ class AfterStep(pl.Callback):
         evaluated = last or (plan.knn_every > 0 and step % plan.knn_every == 0)
         saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop
         if evaluated or saving or last:  # nothing irreversible before everybody has been heard
-            agreed = self.agreement.now(*self._mine(module))
+            agreed = self.agreement.now(*self._mine(module, wait=True))
         if agreed.nonfinite:
             self._stop_nonfinite(trainer, module)
             return
@@ -126,11 +129,30 @@ class AfterStep(pl.Callback):
             code = 128 + (self.flag.signal or 15)
             self._stop(trainer, f"stopped by a signal at step {step}; the same command continues from here", code)
 
-    def _mine(self, module: Module) -> tuple[int, int, int, int]:
-        bad_loss = 0
-        if module.finite is not None:
-            bad_loss = int(not bool(module.finite))
-        return int(self.flag.signal is not None), bad_loss, int(self.rank == 0 and self.clock.due()), len(self.bad)
+    def _mine(self, module: Module, wait: bool = False) -> tuple[int, int, int, int]:
+        save = self.rank == 0 and self.clock.due()
+        return int(self.flag.signal is not None), self._nonfinite(module, wait), int(save), len(self.bad)
+
+    def _nonfinite(self, module: Module, wait: bool) -> int:
+        """1 if a loss was not finite. On a GPU the answer is a step old unless `wait`, so that the host runs ahead."""
+        if module.finite is None:
+            return 0
+        if wait or module.finite.device.type != "cuda":
+            return int(not bool(module.finite))
+        before = 0
+        if self.copied is not None:
+            host, event = self.copied
+            event.synchronize()
+            before = int(not bool(host))
+        host, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        host.copy_(module.finite, non_blocking=True)
+        event.record()
+        self.copied = host, event
+        return before
+
+    def seconds(self) -> float:
+        """Wall time of the run so far, earlier sessions up to their last checkpoint included."""
+        return self.plan.seconds_before + time.monotonic() - self.started
 
     def _is_best(self, numbers: dict[str, float]) -> bool:
         knn = numbers.get("knn")
@@ -166,7 +188,7 @@ class AfterStep(pl.Callback):
 
     def _project(self, step: int, eta: float | None) -> None:
         """Once, after the first minute: how long the whole run will take."""
-        spent = time.monotonic() - self.started
+        spent = self.seconds()
         if not self.projected and spent >= 60 and eta is not None:
             self.projected = True
             if eta > 60:
@@ -216,6 +238,7 @@ class AfterStep(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         meta = plan.meta | {
             "images": module.step * plan.batch_size,
+            "seconds": self.seconds(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "knn": self.best_knn if is_best else None,
         }
@@ -250,6 +273,7 @@ class AfterStep(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: Module) -> None:
         self.agreement.finish()
         self.bar.close()
+        self.flag.training = False
         if self.agreement.many:
             dist.barrier()
 

@@ -44,11 +44,13 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = param_groups(self.objective, self.optim.weight_decay, self.optim.decay_rule)
-        optimizer = build_adamw(groups, self.optim.lr, self.optim.betas, self.optim.eps)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        # A fused optimizer unscales float16 gradients itself, after we would have clipped them.
+        fused = self.device.type == "cuda" and scaler is None
+        optimizer = build_adamw(groups, self.optim.lr, self.optim.betas, self.optim.eps, fused=fused)
         if self._optimizer_state is not None:
             load_optimizer_state(optimizer, self._optimizer_state)
             self._optimizer_state = None
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and self._scaler_state is not None:
             scaler.load_state_dict(self._scaler_state)
         return optimizer

@@ -40,10 +40,11 @@ def param_groups(objective: Objective, weight_decay: float, rule: str = "default
     return groups
 
 
-def build_adamw(groups: list[dict], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW; the fused kernel on CUDA, the foreach one elsewhere."""
-    on_cuda = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=on_cuda or None)
+def build_adamw(
+    groups: list[dict], lr: float, betas: tuple[float, float], eps: float, fused: bool = False
+) -> torch.optim.AdamW:
+    """AdamW; `fused` takes the one-kernel form (CUDA), else torch chooses the foreach one where it helps."""
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused or None)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -150,7 +150,8 @@ class Run:
     # -- a run that is over --------------------------------------------------------------------------------------
 
     def done(self) -> bool:
-        return self.start >= self.total_steps and (self.dir / "summary.json").exists()
+        """Trained, exported and reported; a run that was ended in between does the rest."""
+        return self.start >= self.total_steps and all((self.dir / f).exists() for f in ("summary.json", "report.html"))
 
     def report_done(self) -> dict:
         summary = json.loads((self.dir / "summary.json").read_text())
@@ -171,6 +172,7 @@ class Run:
             optimizer_state=optimizer_state, scaler_state=meta.get("scaler"),
         )  # fmt: skip
         plan = self._plan()
+        plan.seconds_before = meta.get("seconds", 0.0)
         after = AfterStep(plan, self.flag, lambda step: self._evaluate(step))
         trainer = make_trainer(cfg, [after])
         world, device = trainer.world_size, trainer.strategy.root_device
@@ -182,11 +184,12 @@ class Run:
             after.sink = self.sink
         if (cfg.trainer.compile == "auto" and device.type == "cuda") or cfg.trainer.compile is True:
             objective.compile(fullgraph=True, dynamic=False)
-        started = time.monotonic()
-        trainer.fit(self.module, loader)
+        after.started = time.monotonic()
+        if self.start < self.total_steps:
+            trainer.fit(self.module, loader)
         if after.stopped is not None:
             raise after.stopped
-        return self._finish(world, device, time.monotonic() - started) if self.rank == 0 else {}
+        return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
 
     def _schedule(self):
         o = self.cfg.optim
@@ -290,9 +293,6 @@ class Run:
             "seconds": seconds, "processes": world, "run_dir": str(self.dir), "objective": cfg.objective.name,
             "backbone": cfg.backbone.name, "data_args": data_args(cfg.data), "provenance": provenance.collect(device),
         }  # fmt: skip
-        tmp = self.dir / "summary.tmp"
-        tmp.write_text(json.dumps(summary, indent=1) + "\n")
-        tmp.replace(self.dir / "summary.json")
         self.module.eval()
         export_backbone(
             self.judge.backbone(), self.dir / "export", mean=self.mean, std=self.std, image_size=cfg.image_size,
@@ -302,6 +302,9 @@ class Run:
                 "batch_size": cfg.batch_size,
             },
         )  # fmt: skip
+        tmp = self.dir / "summary.tmp"
+        tmp.write_text(json.dumps(summary, indent=1) + "\n")
+        tmp.replace(self.dir / "summary.json")
         write_report(self.dir)
         if self.sink is not None:
             self.sink.finish()

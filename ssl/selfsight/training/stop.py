@@ -18,10 +18,14 @@ SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SI
 
 
 class StopFlag:
-    """Remembers the first signal; a second Ctrl-C ends the process at once (the last checkpoint stands)."""
+    """Remembers the first signal; a second Ctrl-C ends the process at once (the last checkpoint stands).
+
+    Outside the training loop (`training` is False) there is nothing to save: a signal ends the process there and then.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.training = False
 
     def install(self) -> None:
         """Install the handlers; call at program start, before any fork."""
@@ -32,6 +36,9 @@ class StopFlag:
         if self.signal is not None and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal = number
+        if not self.training:
+            os.write(2, f"\n{signal.Signals(number).name}: stopped; the same command starts again here\n".encode())
+            raise SystemExit(128 + number)
         os.write(2, f"\n{signal.Signals(number).name}: saving at the next step boundary, then stopping\n".encode())
 
 

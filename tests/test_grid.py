@@ -1,0 +1,46 @@
+"""Every objective on every family: trains, stops at a signal, continues with the same bits, exports what it trained."""
+
+import os
+import signal
+
+import pytest
+import timm
+import torch
+
+import runs
+from selfsight.training.judge import Judge
+from selfsight.training.loop import RunStopped
+
+CASES = {
+    "mae-vit": ("objective=mae", "backbone=vit_nano", "image_size=32"),
+    "mae-convnext": ("objective=mae", "backbone=convnext_nano_lite", "image_size=64"),
+    "mae-convnextv2": ("objective=mae", "backbone=convnextv2_nano_lite", "image_size=64"),
+    "mae-shvit": ("objective=mae", "backbone=shvit_nano_lite", "image_size=128"),
+    "mae-vit-bf16": ("objective=mae", "backbone=vit_nano", "image_size=32", "trainer.precision=bf16-mixed"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_stop_continue_and_export(name, tmp_path, monkeypatch):
+    words = (*CASES[name], "max_steps=6", "knn.every_n_steps=3", "optim.clip=1.0", "trainer.max_batch_per_device=4")
+    whole = runs.run_here(tmp_path / "whole", *words)
+    evaluate = Judge.evaluate
+
+    def signalled(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "evaluate", signalled)
+        with pytest.raises(RunStopped, match=r"stopped by a signal at step [34]"):
+            runs.run_here(tmp_path / "parts", *words)
+    parts = runs.run_here(tmp_path / "parts", *words)
+    runs.assert_identical(runs.final_state(tmp_path / "whole"), runs.final_state(tmp_path / "parts"))
+    assert whole["loss_last"] < whole["loss_first"] * 1.2
+    for key in ("knn", "rankme", "loss_last"):
+        assert whole[key] == parts[key], key
+    models = [timm.create_model(f"local-dir:{tmp_path / p / 'export'}", pretrained=True) for p in ("whole", "parts")]
+    runs.assert_identical(*(m.state_dict() for m in models))
+    assert all(torch.isfinite(p).all() for p in models[0].parameters())
