@@ -161,7 +161,7 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:  # a run that ended early says why, and with which exit status
         if not (_is_ours(error) and hasattr(error, "code")):
@@ -181,6 +181,14 @@ def _run(command: str, args: list[str]) -> int:
     module, function = COMMANDS[command].split(":")
     result = getattr(import_module(module), function)(cfg)
     return result if isinstance(result, int) else 0
+
+
+def _sentence(error: Exception) -> str:
+    """One line; of an error that comes out of a loader worker only the last line of the traceback it carries."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())
 
 
 def _is_ours(error: BaseException) -> bool:

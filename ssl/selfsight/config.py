@@ -65,6 +65,8 @@ def load(command: str, overrides: list[str]) -> DictConfig:
         _one_duration(given)
         for k in DURATIONS:  # the command line's duration replaces the experiment's, whatever its unit
             cfg[k] = None
+    if {"optim.lr", "optim.base_lr"} <= values.keys():
+        raise ConfigError("optim.lr and optim.base_lr are both given: keep one (lr = base_lr * batch_size / 256)")
     for key, text in values.items():
         _assign(cfg, key, _parse(text, key), known)
     _check_interpolations(cfg)

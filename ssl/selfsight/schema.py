@@ -217,7 +217,6 @@ class Data:
     chunk: int = integer(1)
     window: int = integer(128)
     max_bad_fraction: float = number(0.01, 0, 1)
-    decoder: str = one_of("auto", "auto", "simplejpeg", "pillow")
 
 
 @dataclasses.dataclass
@@ -225,7 +224,6 @@ class Scenes(Data):
     size: int | None = integer(None, 16)
     num_train: int = integer(5000)
     num_val: int = integer(1000, 0)
-    num_classes: int = integer(10, 2)
     seed: int = integer(0, 0)
 
 
@@ -428,4 +426,5 @@ DURATIONS = ("max_steps", "max_epochs", "max_images")
 NOT_IN_RESULT = (
     *("run_dir", "allow_change", "num_workers", "log_every_n_steps", "trainer", "logger", "launcher"),
     *("checkpoint", "knn", "pictures", "objective.recipe", "backbone.decoder"),
+    *("data.max_bad_fraction", "data.index_dir"),
 )

@@ -67,11 +67,11 @@ def _open_shards(cfg: Any, split: str, labels: str) -> Source | Stream | None:
         raise DataError("data=shards needs data.train, e.g. data.train='/d/train-{000000..000099}.tar'")
     if isinstance(patterns, Iterable) and not isinstance(patterns, str):
         patterns = [str(pattern) for pattern in patterns]
-    if mode == "stream":
+    if mode == "stream" and split == "train":  # validation data is small, and read by number
         from .stream import Stream
 
         return Stream(patterns, labels=labels)
-    if mode != "exact":
+    if mode not in ("exact", "stream"):
         raise DataError(f"data.mode={mode} is neither exact nor stream")
     from .manifest import Shards
 

@@ -104,7 +104,7 @@ class StreamBatches(IterableDataset):
         worker = get_worker_info()
         readers = self.stream.world * (worker.num_workers if worker else 1)
         reader = self.stream.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
-        raws, number = iter(self.stream), self.start
+        raws, number, listed = iter(self.stream), self.start, 0
         while True:
             batch, i = self.cutter.empty(self.batch_size), 0
             while i < self.batch_size:
@@ -112,6 +112,9 @@ class StreamBatches(IterableDataset):
                 key = key_of(self.seed, np.array([position]))
                 number += 1
                 raw = next(raws)
+                while self.stream.bad:  # left out by the reader
+                    bad, listed = self.stream.bad.pop(0), listed + 1
+                    batch["events"].append(Event(position, -(listed * readers + reader + 1), bad.where, bad.why))
                 try:
                     self.cutter.fill(batch, i, raw, key)
                 except SampleError as bad:

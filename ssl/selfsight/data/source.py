@@ -13,8 +13,8 @@ class DataError(ValueError):
 class SampleError(ValueError):
     """One sample cannot be used (undecodable, no image, bad label). `where` names file and key."""
 
-    def __init__(self, where: str, why: str):
-        super().__init__(f"{where}: {why}")
+    def __init__(self, where: str, why: str = ""):  # one argument: rebuilt from its message by a loader worker
+        super().__init__(f"{where}: {why}" if why else where)
         self.where, self.why = where, why
 
     def __reduce__(self):

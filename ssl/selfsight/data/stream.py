@@ -124,7 +124,13 @@ class Stream(IterableDataset):
         while self.epochs is None or epoch < self.epochs:
             urls = list(self.urls)
             random.Random(hash_ints(self.seed, epoch)).shuffle(urls)
-            yield from self._shuffled(urls[part::parts], random.Random(hash_ints(self.seed, epoch, part)))
+            empty = True
+            for raw in self._shuffled(urls[part::parts], random.Random(hash_ints(self.seed, epoch, part))):
+                empty = False
+                yield raw
+            if empty:
+                why = f", e.g. {self.bad[0]}" if self.bad else ""
+                raise DataError(f"{self.urls[0]} … ({len(self.urls):,} files) hold no usable sample{why}")
             epoch += 1
 
     def _shuffled(self, urls: list[str], rng: random.Random) -> Iterator[Raw]:

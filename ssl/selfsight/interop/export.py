@@ -14,7 +14,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,16 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import config
 from ..backbones.tokens import Backbone
+from ..data import open_source
+from ..data.loader import Samples
+from ..data.order import Order
+from ..data.stream import Stream
 from ..probes.bank import crop_share
 from ..training.checkpoint import load, load_unique_state, newest
+from ..training.judge import clean, fixed_ranges, spoiled
+from ..views.photo import prepare
 from .card import write_card
 
 TOLERANCE = 1e-5
@@ -197,7 +204,7 @@ def load_run(folder: Path, which: str | None = None) -> Run:
     path = newest(folder / "checkpoints")
     if path is None:
         raise ExportError(f"{folder} has no checkpoint yet (checkpoints/ is empty); let the run write one first")
-    cfg, (tensors, meta) = OmegaConf.load(folder / "config.yaml"), load(path)
+    cfg, (tensors, meta) = config.read(folder / "config.yaml"), load(path)
     # Schedules play no part in features, so unknown lengths do no harm.
     objective = build_objective(cfg, total_steps=int(meta.get("total_steps") or cfg.get("max_steps") or 1),
                                 steps_per_epoch=float(meta.get("steps_per_epoch") or 1))  # fmt: skip
@@ -212,7 +219,23 @@ def load_run(folder: Path, which: str | None = None) -> Run:
     card = {"objective": cfg.objective.name, "backbone": cfg.backbone.name, "which": name,
             "data": OmegaConf.select(cfg, "data.name"), "steps": meta["step"], "images_seen": meta.get("images"),
             "image_size": cfg.image_size, "batch_size": OmegaConf.select(cfg, "batch_size")}  # fmt: skip
-    return Run(found[name], name, tuple(mean), tuple(std), int(cfg.image_size), card)
+    backbone = found[name]
+    if spoiled(objective, backbone):
+        backbone = clean(backbone, _unmasked(cfg, objective, mean, std))
+    return Run(backbone, name, tuple(mean), tuple(std), int(cfg.image_size), card)
+
+
+def _unmasked(cfg: DictConfig, objective: Any, mean: Sequence[float], std: Sequence[float]) -> Iterator[Any]:
+    """Prepared batches of the run's own training images, for the statistics of batch norms."""
+    source, views = open_source(cfg.data, "train"), objective.views()
+    if isinstance(source, Stream):
+        raise ExportError("batch norm statistics cannot be measured again from a stream; use the run's export/ folder")
+    order = Order(cfg.seed, source.lengths, cfg.data.chunk, cfg.data.window)
+    samples = Samples(source, order, views, cfg.seed, cfg.data.channels)
+    for positions in fixed_ranges(cfg.batch_size):
+        batch = samples[positions]
+        batch.pop("events")
+        yield prepare(batch, views, torch.tensor(mean), torch.tensor(std))
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def reestimate(module: nn.Module, forward: Callable[[nn.Module, Tensor], object]
 
     Calls forward(copy, batch) for every batch with only the batch norms in train mode; their statistics are the plain
     average over batches (momentum None). For backbones whose statistics were spoilt by masked images. ValueError if
-    there is no batch. With several processes the statistics are those of all of them.
+    there is no batch. The copy's norms are local: one process may do this while the others do something else.
     """
-    fresh = copy.deepcopy(module).eval()
+    fresh = from_global(copy.deepcopy(module)).eval()
     norms = [m for m in fresh.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [m.momentum for m in norms]
     for norm in norms:

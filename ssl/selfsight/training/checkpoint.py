@@ -8,6 +8,7 @@ Nothing is pickled. Aliased tensors are stored once, under their first name. Fre
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -78,7 +80,7 @@ def save(
     try:
         for name, tensors in files.items():
             cpu = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-            save_file(cpu, tmp / f"{name}.safetensors")
+            _write(cpu, tmp / f"{name}.safetensors")
         (tmp / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | dict(meta), indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(tmp.iterdir())}
         for path in tmp.iterdir():
@@ -98,11 +100,6 @@ def save(
         _replace_text(folder / "best", final.name)
     _prune(folder, keep_last)
     return final
-
-
-def mark_best(folder: Path, path: Path) -> None:
-    """Let an existing checkpoint be the best one."""
-    _replace_text(folder / "best", path.name)
 
 
 def best(folder: Path) -> Path | None:
@@ -147,6 +144,13 @@ def load(path: Path, file: str = "model") -> tuple[dict[str, Tensor], dict]:
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {meta.get('format')}; this version reads format {FORMAT}")
     return load_file(path / f"{file}.safetensors"), meta
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(errno.EIO, f"{path} cannot be written: {error}") from error
 
 
 def _finished(folder: Path) -> Iterator[tuple[int, Path]]:

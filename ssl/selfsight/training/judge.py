@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from ..backbones.tokens import Backbone
 from ..data.source import Source
 from ..nn.global_batchnorm import reestimate
+from ..objectives.objective import Objective
 from ..views.photo import prepare
 from ..views.spec import Batch
 from . import pictures
@@ -47,35 +48,27 @@ class Judge:
         self.online = Online(cfg, train, val) if train is not None else None
 
     def backbone(self) -> Backbone:
-        """The backbone to judge and export.
-
-        Masked training spoils BatchNorm's running statistics: then it is a copy, re-estimated on clean images of
-        fixed positions (of a stream: on the last batch). The training state is not touched.
-        """
+        """The backbone to judge and export; see `clean`. For a stream, statistics come from the last batch."""
+        self.module.to(self.device)
         backbone = next(iter(self.module.objective.exports().values()))
-        norms = any(isinstance(m, _BatchNorm) for m in backbone.timm.modules())
-        if not norms or self.module.objective.needs.hide is None:
+        if not spoiled(self.module.objective, backbone):
             return backbone
-        size = min(128, self.cfg.batch_size)
         if self.batch_at is not None:
-            ranges = (range(i * size, (i + 1) * size) for i in range(max(1, BATCHNORM_IMAGES // size)))
-            batches = map(self._prepared, ranges)
-        else:
-            batches = map(self._prepare, self.module.last_batches)
-        return reestimate(backbone, lambda m, x: m(x), (next(iter(b["images"].values()))[0] for b in batches))
+            return clean(backbone, map(self._prepared, fixed_ranges(self.cfg.batch_size)))
+        return clean(backbone, (self._prepare(batch) for _, _, batch in self.module.recent))
 
+    @torch.compiler.set_stance("force_eager")  # other batch sizes would each compile another graph
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """{"knn" (with labels), "rankme", "feature_std"} of the backbone as it is now; pictures beside them."""
         training = self.module.training
         self.module.eval()
         try:
-            if self.online is None or (self.batch_at is None and not self.module.last_batches):
+            if self.online is None or (self.batch_at is None and not self.module.recent):
                 return {}
             backbone = self.backbone()
-            numbers = self.online.evaluate(
-                backbone, self._list(self.module.mean), self._list(self.module.std), self.device
-            )
+            mean, std = self.module.mean.tolist(), self.module.std.tolist()
+            numbers = self.online.evaluate(backbone, mean, std, self.device)
             if step == 0 and "knn" in numbers:
                 numbers["knn_raw_pixels"] = self.online.raw_pixels()
             self.draw(backbone, step)
@@ -89,7 +82,7 @@ class Judge:
         if self.batch_at is None or every == 0 or (every and step % every and step != self.total_steps):
             return []
         batch = self._prepared(range(min(PICTURE_SAMPLES, self.cfg.batch_size)))
-        objective, mean, std = self.module.objective, self._list(self.module.mean), self._list(self.module.std)
+        objective, mean, std = self.module.objective, self.module.mean.tolist(), self.module.std.tolist()
         batch = objective.draw(batch, step)
         return pictures.write(objective, backbone, batch, self.folder / "pictures", step, mean=mean, std=std)
 
@@ -102,6 +95,20 @@ class Judge:
         module = self.module.to(self.device)
         return prepare(tree_map(lambda t: t.to(self.device), tensors), module.views, module.mean, module.std)
 
-    @staticmethod
-    def _list(values: torch.Tensor) -> list[float]:
-        return values.tolist()
+
+def spoiled(objective: Objective, backbone: Backbone) -> bool:
+    """Whether training on hidden cells left the backbone with BatchNorm statistics of images that nobody will show."""
+    return objective.needs.hide is not None and any(isinstance(m, _BatchNorm) for m in backbone.timm.modules())
+
+
+def clean(backbone: Backbone, batches: Iterable[Batch]) -> Backbone:
+    """A copy with statistics re-estimated on prepared batches of unmasked images; training is not touched."""
+    images = (next(iter(batch["images"].values()))[0] for batch in batches)
+    with torch.compiler.set_stance("force_eager"):
+        return reestimate(backbone, lambda m, x: m(x), images)
+
+
+def fixed_ranges(batch_size: int) -> Iterator[range]:
+    """The positions whose images statistics are re-estimated on: about a thousand, the first of the stream."""
+    size = min(128, batch_size)
+    return (range(i * size, (i + 1) * size) for i in range(max(1, BATCHNORM_IMAGES // size)))

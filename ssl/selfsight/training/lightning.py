@@ -16,9 +16,13 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from ..config import ConfigError
+
 
 def precision_of(wanted: str, on_gpu: bool) -> str:
     """auto: bf16-mixed where a GPU supports it, 16-mixed on other GPUs, 32 on CPU."""
+    if wanted == "16-mixed" and not on_gpu:
+        raise ConfigError("trainer.precision=16-mixed needs a GPU: use bf16-mixed or 32 on a CPU")
     if wanted != "auto":
         return "32-true" if wanted == "32" else wanted
     if not on_gpu:
@@ -31,10 +35,17 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # the older name works with every torch
     on_gpu = cfg.trainer.accelerator == "gpu" or (cfg.trainer.accelerator == "auto" and torch.cuda.is_available())
     devices = cfg.trainer.devices
     if devices == "auto":
-        devices = torch.cuda.device_count() if on_gpu else int(os.environ.get("WORLD_SIZE", "1"))
+        devices = max(1, torch.cuda.device_count()) if on_gpu else int(os.environ.get("WORLD_SIZE", "1"))
+    if on_gpu and devices > torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(
+            f"{devices} GPU(s) are asked for and {found} can be seen: "
+            + (f"use trainer.devices={found}" if found else "use trainer.accelerator=cpu")
+        )
     exact = cfg.deterministic == "exact"
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

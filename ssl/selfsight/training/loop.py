@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +62,9 @@ class AfterStep(pl.Callback):
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
         self.sums: dict[str, Tensor] = {}
         self.summed = 0
-        self.bad: dict[int, Any] = {}
+        self.bad: set[int] = set()  # ids that this process was the first to list
+        self.known: set[int] = set()  # ids that any process, or an earlier session, has listed
+        self.all_bad = 0
         self.stopped: RunStopped | None = None
         self.failed_saves = 0
         self.projected = False
@@ -72,12 +76,15 @@ class AfterStep(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
         self.flag.install()  # Lightning may have put its own handlers there
         self.flag.training = True
+        module.recent = deque(maxlen=2 * self.plan.micro_batches + 1)
         self.agreement, self.seen = Agreement(), module.step
         self.rank = trainer.global_rank
         self.metrics = Metrics(self.plan.run_dir / "metrics.csv", module.step) if self.rank == 0 else None
         self.bar = Bar(self.plan.total_steps, module.step, self.rank == 0)
         known = self.metrics.numbers("knn") if self.metrics else []
         self.best_knn = max((v for step, v in known if step > 0), default=None)
+        self.known = listed(self.plan.run_dir / "skipped.jsonl")
+        self.bad = set(self.known) if self.rank == 0 else set()
         self.ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Module, batch: Any, batch_idx: int) -> None:
@@ -105,10 +112,12 @@ class AfterStep(pl.Callback):
         saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop
         if evaluated or saving or last:  # nothing irreversible before everybody has been heard
             agreed = self.agreement.now(*self._mine(module, wait=True))
+        self.all_bad = agreed.bad
         if agreed.nonfinite:
             self._stop_nonfinite(trainer, module)
             return
         if agreed.bad > plan.max_bad:
+            self._save(trainer, module, False, False)
             self._stop(
                 trainer,
                 f"{agreed.bad} distinct samples are bad, more than the limit of {plan.max_bad} "
@@ -175,7 +184,7 @@ class AfterStep(pl.Callback):
             "mfu": self._mfu(speed),
             **logs,
             **numbers,
-            "bad_samples": len(self.bad) or None,
+            "bad_samples": self.all_bad or None,
         }
         self.metrics.add(row)
         if self.sink is not None:
@@ -216,21 +225,27 @@ class AfterStep(pl.Callback):
     # -- files ---------------------------------------------------------------------------------------------------
 
     def _note_bad(self, events: Any) -> None:
-        new = [e for e in events if e.id not in self.bad]
-        if new:
-            with (self.plan.run_dir / "skipped.jsonl").open("a") as f:
-                for event in new:
-                    self.bad[event.id] = event
+        """List new bad samples once, whichever process meets them (the file is shared)."""
+        new = {e.id: e for e in events if e.id not in self.known}
+        if not new:
+            return
+        path = self.plan.run_dir / "skipped.jsonl"
+        self.known |= listed(path)
+        with path.open("a") as f:
+            for id, event in new.items():
+                if id not in self.known:
+                    self.bad.add(id)
                     f.write(json.dumps(event._asdict() | {"rank": self.rank}) + "\n")
-            self.bar.line(f"skipped {new[0].where}: {new[0].why} ({len(self.bad)} so far, in skipped.jsonl)")
+        self.known |= new.keys()
+        first = next(iter(new.values()))
+        self.bar.line(f"skipped {first.where}: {first.why} ({len(self.known)} so far, in skipped.jsonl)")
 
     def _save(self, trainer: pl.Trainer, module: Module, is_best: bool, must: bool) -> None:
         plan = self.plan
         self.clock.reset()
         if self.rank != 0:
             return
-        if is_best:
-            self.best_knn = float(self.metrics.rows[-1]["knn"])
+        knn = float(self.metrics.rows[-1]["knn"]) if is_best else None
         files = {
             "model": checkpoint.unique_state(module.objective),
             "optim": optimizer_state(trainer.optimizers[0]),
@@ -240,12 +255,12 @@ class AfterStep(pl.Callback):
             "images": module.step * plan.batch_size,
             "seconds": self.seconds(),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "knn": self.best_knn if is_best else None,
+            "knn": knn,
         }
         folder = plan.run_dir / "checkpoints"
         try:
             checkpoint.save(folder, module.step, files, meta, keep_last=plan.keep_last, best=is_best)
-            self.failed_saves = 0
+            self.failed_saves, self.best_knn = 0, knn if is_best else self.best_knn
         except OSError as error:  # a full disk must not end a run whose earlier checkpoints stand
             self.failed_saves += 1
             self.bar.line(f"checkpoint at step {module.step} FAILED: {error}; earlier ones stand, will try again")
@@ -258,15 +273,17 @@ class AfterStep(pl.Callback):
 
     def _stop_nonfinite(self, trainer: pl.Trainer, module: Module) -> None:
         plan = self.plan
-        stem = plan.run_dir / f"nonfinite-step-{module.step:09d}-rank-{self.rank}"
-        batch = module.last_batches[-1]
+        bad = next(((step, batch) for step, finite, batch in module.recent if not bool(finite)), None)
+        step, batch = bad or (module.step, module.recent[-1][2])  # of another process: what this one saw meanwhile
+        stem = plan.run_dir / f"nonfinite-step-{step:09d}-rank-{self.rank}"
         tensors = {f"crops.{k}": v.cpu() for k, v in batch["crops"].items()}
         tensors |= {k: batch[k].cpu() for k in ("key", "id", "position", "label")}
         save_file({k: v.contiguous() for k, v in tensors.items()}, stem.with_suffix(".safetensors"))
         self._stop(
             trainer,
-            f"the loss is not finite at step {module.step}; the batch is saved in {stem}.safetensors and the last "
-            "checkpoint stands: lower optim.base_lr, set optim.clip=1.0, or use trainer.precision=32 and start again",
+            f"the loss is not finite at step {step}; the batch is saved in {stem}.safetensors and nothing after the "
+            "last checkpoint is kept: lower optim.base_lr or set optim.clip=1.0 with allow_change=true to continue "
+            "from there, or use trainer.precision=32",
             4,
         )
 
@@ -276,6 +293,16 @@ class AfterStep(pl.Callback):
         self.flag.training = False
         if self.agreement.many:
             dist.barrier()
+
+
+def listed(path: Path) -> set[int]:
+    """Ids in a skipped.jsonl; a half-written last line is ignored."""
+    found = set()
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                found.add(json.loads(line)["id"])
+    return found
 
 
 class _Pause:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,7 +39,7 @@ class Module(pl.LightningModule):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         self._optimizer_state, self._scaler_state = optimizer_state, scaler_state
-        self.last_batches: list[Batch] = []  # what a non-finite loss is reported with
+        self.recent: deque[tuple[int, Tensor, Batch]] = deque(maxlen=4)  # (step, finite, batch), for reports
         self.last_logs: dict[str, Tensor] = {}
         self.finite: Tensor | None = None  # stays on the device; read one step later
 
@@ -67,7 +68,7 @@ class Module(pl.LightningModule):
         loss, logs = self.objective.loss(ready, self.step)
         finite = torch.isfinite(loss.detach())
         self.finite = finite if self.finite is None else self.finite & finite
-        self.last_batches = [*self.last_batches[-1:], batch]
+        self.recent.append((self.step, finite, batch))
         self.last_logs = logs
         return loss
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.source import Source
+from ..data.source import DataError, Source
 from ..probes.bank import Images, crop_share, encode_pixels, frozen, images, subset
 from ..probes.knn import knn
 
@@ -63,6 +63,10 @@ class Online:
         options = {"workers": workers, "channels": cfg.data.channels}
         self.bank = images(*bank, cfg.image_size, crop, **options)
         self.queries = images(*queries, cfg.image_size, crop, **options) if self.labelled else None
+        if not len(self.bank.ids):
+            raise DataError(
+                f"none of {len(self.bank.bad)} images of {bank[0].describe} can be used: {self.bank.bad[0][1]}"
+            )
         left_out = 0
         if self.queries is not None:
             self.bank, dropped = _with_labels(self.bank)

@@ -21,6 +21,7 @@ from ..data.loader import Positions, Samples, StreamBatches, make_loader
 from ..data.order import VERSION as ORDER_VERSION
 from ..data.order import Order
 from ..data.rng import VERSION as RNG_VERSION
+from ..data.rng import hash_ints
 from ..data.source import DataError, Source
 from ..data.statistics import mean_std
 from ..data.stream import Stream
@@ -70,6 +71,11 @@ class Run:
         self.steps_per_epoch = (self.num_samples or math.inf) / cfg.batch_size
         self.start_path = checkpoint.newest(self.dir / "checkpoints")
         self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
+        if self.start > self.total_steps:
+            raise config.ConfigError(
+                f"{self.dir} is already at step {self.start}, beyond the {self.total_steps} that are asked for: "
+                "give a longer duration, or another run_dir"
+            )
         self.mean, self.std = self._normalisation()
 
     # -- what the run is -----------------------------------------------------------------------------------------
@@ -220,7 +226,9 @@ class Run:
         workers = workers_for(cfg.num_workers, trainer.world_size // cfg.trainer.num_nodes, on_gpu)
         channels = cfg.data.channels
         if self.streaming:
-            self.source.seed, self.source.rank, self.source.world = cfg.seed, trainer.global_rank, trainer.world_size
+            # A continued stream goes on in another order of shards, or its first ones would be seen most.
+            self.source.seed = hash_ints(cfg.seed, self.start) if self.start else cfg.seed
+            self.source.rank, self.source.world = trainer.global_rank, trainer.world_size
             local = cfg.batch_size // (trainer.world_size * plan.micro_batches)
             batches = StreamBatches(self.source, views, cfg.seed, local, self.start * cfg.batch_size, channels)
             trainer.limit_train_batches = (self.total_steps - self.start) * plan.micro_batches

@@ -117,10 +117,11 @@ def closing_table(summary: dict, run_dir: Path) -> str:
     table = "\n".join(f"  {name:<{width}}  {value:>12}" for name, value in rows)
     script = "python {}.py" if Path("train.py").exists() else "selfsight {}"
     folder = shlex.quote(str(run_dir))
+    probe = f"  {script.format('probe')} checkpoint={folder} probe=linear{summary.get('data_args', '')}\n"
+    probe = probe if summary.get("knn") is not None else ""  # a linear probe needs labels
     return (
         f"{table}\n\n  everything is in {run_dir}: report.html, export/ (opens with timm), pictures/, metrics.csv\n\n"
-        f"next:\n"
-        f"  {script.format('probe')} checkpoint={folder} probe=linear{summary.get('data_args', '')}\n"
+        f"next:\n{probe}"
         f"  {script.format('export')} checkpoint={folder} out=my_backbone\n"
         f"  python -c \"import timm; timm.create_model('local-dir:{run_dir}/export', pretrained=True)\""
     )

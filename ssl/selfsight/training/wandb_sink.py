@@ -32,8 +32,10 @@ class WandB:
         self._try(lambda: self.run.log(row, step=step))
 
     def pictures(self, paths: list[Path], step: int) -> None:
-        images = {p.stem.rsplit("-", 1)[0]: self.wandb.Image(str(p)) for p in paths}
-        self._try(lambda: self.run.log(images, step=step))
+        def log() -> None:
+            self.run.log({p.stem.rsplit("-", 1)[0]: self.wandb.Image(str(p)) for p in paths}, step=step)
+
+        self._try(log)
 
     def finish(self) -> None:
         self._try(self.run.finish)
