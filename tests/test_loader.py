@@ -147,7 +147,7 @@ def test_unlabelled_images_in_a_folder_train_and_export(tmp_path):
         Image.open(io.BytesIO(jpeg(i))).save(tmp_path / "pile" / ("deep" if i % 2 else "") / f"{i}.png")
     assert not Folder(str(tmp_path / "pile")).labelled
     summary = runs.run_here(
-        tmp_path / "r", "data=folder", f"data.root={tmp_path / 'pile'}", "max_steps=2",
+        tmp_path / "r", "data=folder", f"data.root={tmp_path / 'pile'}", "max_steps=2", "knn.every_n_steps=0",
         without=("data.num_train", "data.num_val"),
     )  # fmt: skip
     assert summary["knn"] is None

@@ -356,7 +356,7 @@ def resolve(cfg: DictConfig) -> DictConfig:
     cfg = OmegaConf.create(cfg)
     _fill(cfg, "image_size", cfg.backbone.image_size)
     if cfg.data.name == "scenes":
-        _fill(cfg.data, "size", cfg.image_size)
+        _fill(cfg.data, "size", min(cfg.image_size, 128))  # larger ones take minutes to render and show no more
     _fill_recipe(cfg, cfg.objective.recipe, quick=cfg.data.name == "scenes")
     for key in ("dim", "depth", "heads"):
         if f"decoder_{key}" in cfg.objective:

@@ -42,7 +42,7 @@ class Plan:
     micro_batches: int
     num_samples: int | None  # None: a stream
     log_every: int
-    knn_every: int  # 0 = only at the end
+    knn_every: int | None  # 0 = only at the end, None = never
     save_every: int | None
     save_minutes: float | None
     keep_last: int
@@ -108,7 +108,7 @@ class AfterStep(pl.Callback):
         self.bar.step()
         last = step == plan.total_steps
         agreed = self.agreement.later(*self._mine(module))
-        evaluated = last or (plan.knn_every > 0 and step % plan.knn_every == 0)
+        evaluated = plan.knn_every is not None and (last or (plan.knn_every > 0 and step % plan.knn_every == 0))
         saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop
         if evaluated or saving or last:  # nothing irreversible before everybody has been heard
             agreed = self.agreement.now(*self._mine(module, wait=True))

@@ -39,6 +39,7 @@ from .screen import closing_table, data_args, first_screen, summarise
 from .stop import StopFlag
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
+SMOKE = 10  # a run of fewer steps is a try-out: it is judged only when knn.every_n_steps is given
 FEW_BAD = 8  # bad samples that a run of any size survives
 
 
@@ -207,8 +208,8 @@ class Run:
     def _plan(self) -> Plan:
         cfg, c = self.cfg, self.cfg.checkpoint
         knn_every = cfg.knn.every_n_steps
-        if knn_every is None:
-            knn_every = max(1, math.ceil(self.total_steps / EVALUATIONS))
+        if knn_every is None and self.total_steps >= SMOKE:
+            knn_every = math.ceil(self.total_steps / EVALUATIONS)
         log_every = cfg.log_every_n_steps or min(100, math.ceil(self.total_steps / LINES))
         per_epoch = self.num_samples or self.total_steps * cfg.batch_size
         meta = {
@@ -265,7 +266,7 @@ class Run:
             cfg, self.module, device, train=None if self.streaming else self.source, val=self.val,
             batch_at=self.samples.__getitem__ if self.samples else None, folder=self.dir, total_steps=self.total_steps,
         )  # fmt: skip
-        if self.start == 0:
+        if self.start == 0 and plan.knn_every is not None:
             self._untrained()
 
     def _sink(self) -> Any:
