@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import itertools
-import netrc
 import os
 import platform
 import shutil
@@ -250,9 +249,7 @@ def check_temporary(run_dir: Path) -> Iterator[Check]:
 
 def check_wandb() -> Iterator[Check]:
     """Whether logger=wandb would log online; looked up locally, never sent."""
-    try:
-        known = "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        known = False
-    text = "logged in" if known else "no login: logger=wandb logs offline; `wandb login` changes that"
+    from .training.wandb_sink import logged_in
+
+    text = "logged in" if logged_in() else "no login: logger=wandb logs offline; `wandb login` changes that"
     yield Check("ok", "wandb", text)

@@ -32,7 +32,7 @@ from .flops import peak_flops, step_flops_per_image
 from .judge import Judge
 from .lightning import make_trainer, precision_of
 from .log import Metrics
-from .loop import AfterStep, Plan
+from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import warmup_cosine
 from .screen import closing_table, data_args, first_screen, summarise
@@ -59,7 +59,7 @@ class Run:
     """One training run on this process."""
 
     def __init__(self, cfg: Any, flag: StopFlag):
-        self.cfg, self.flag, self.dir = cfg, flag, Path(cfg.run_dir)
+        self.cfg, self.flag, self.dir, self.sink = cfg, flag, Path(cfg.run_dir), None
         self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
         self._refuse_other_run()
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
@@ -170,6 +170,19 @@ class Run:
     # -- running -------------------------------------------------------------------------------------------------
 
     def go(self) -> dict:
+        """Train what is left, export and report. The logger is closed however this ends."""
+        code = 1
+        try:
+            summary, code = self._go(), 0
+            return summary
+        except (RunStopped, SystemExit) as ended:
+            code = ended.code
+            raise
+        finally:
+            if self.sink is not None:
+                self.sink.finish(code)
+
+    def _go(self) -> dict:
         cfg = self.cfg
         torch.manual_seed(cfg.seed)  # initial weights; nothing later draws from the global generator
         objective = build_objective(cfg, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
@@ -281,6 +294,8 @@ class Run:
         numbers = self._evaluate(0)
         row = {"step": 0, "images": 0, "epoch": 0.0, "lr": self.module.lr(0), **numbers}
         Metrics(self.dir / "metrics.csv", -1).add(row)
+        if self.sink is not None:
+            self.sink.log(row, 0)
         if "knn" in numbers:
             print(f"untrained: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
 
@@ -315,8 +330,6 @@ class Run:
         tmp.write_text(json.dumps(summary, indent=1) + "\n")
         tmp.replace(self.dir / "summary.json")
         write_report(self.dir)
-        if self.sink is not None:
-            self.sink.finish()
         print("\n" + closing_table(summary, self.dir), flush=True)
         return summary
 

@@ -2,45 +2,90 @@
 
 from __future__ import annotations
 
+import netrc
+import os
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from omegaconf import OmegaConf
 
+from ..config import ConfigError
+
+
+def logged_in() -> bool:
+    """Whether W&B has a key on this machine (WANDB_API_KEY, an identity token, or netrc); nothing is sent."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
 
 class WandB:
-    """Logs rows and pictures by step; errors are reported once and then ignored."""
+    """Logs rows and pictures by step; errors are reported once and then ignored.
+
+    ConfigError if the package is missing. A run that cannot be started online is logged offline.
+    """
 
     def __init__(self, cfg: Any, run_dir: Path):
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"logger=wandb needs the wandb package ({error}): pip install wandb, or use logger=csv"
+            ) from None
+        self.wandb, self.failed, self.run = wandb, False, None
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self.options = {
+            "project": cfg.logger.project, "entity": cfg.logger.entity, "tags": list(cfg.logger.tags) or None,
+            "id": id_file.read_text().strip(), "name": run_dir.name, "dir": str(run_dir),
+            "config": OmegaConf.to_container(cfg, resolve=True), "settings": wandb.Settings(silent=True),
+        }  # fmt: skip
         mode = cfg.logger.mode
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
-        id_file = run_dir / "wandb_id"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
-        id_file.write_text(run_id)
-        self.wandb, self.failed = wandb, False
-        self.run = wandb.init(
-            project=cfg.logger.project, entity=cfg.logger.entity, tags=list(cfg.logger.tags) or None, id=run_id,
-            name=run_dir.name, dir=str(run_dir), mode=mode, resume="allow" if mode == "online" else None,
-            config=OmegaConf.to_container(cfg, resolve=True), settings=wandb.Settings(silent=True),
-        )  # fmt: skip
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+        self._start(mode)
+
+    def _start(self, mode: str) -> None:
+        resume = "allow" if mode == "online" else None
+        try:
+            self.run = self.wandb.init(mode=mode, resume=resume, **self.options)
+        except Exception as error:  # no login, no network, no such project: each raises its own
+            why = " ".join(str(error).split())[:200]
+            if mode == "online":
+                print(f"W&B cannot be reached ({why}): logging offline; `wandb sync` uploads it later", flush=True)
+                self.wandb.teardown()  # or its service takes the id for one in use
+                self._start("offline")
+            else:
+                print(f"W&B cannot be started ({why}): metrics.csv has everything all the same", flush=True)
 
     def log(self, row: dict[str, Any], step: int) -> None:
+        """Numbers of a step; steps must not go back."""
         self._try(lambda: self.run.log(row, step=step))
 
     def pictures(self, paths: list[Path], step: int) -> None:
+        """PNG files of a step, under their names without the step."""
+
         def log() -> None:
             self.run.log({p.stem.rsplit("-", 1)[0]: self.wandb.Image(str(p)) for p in paths}, step=step)
 
-        self._try(log)
+        if paths:
+            self._try(log)
 
-    def finish(self) -> None:
-        self._try(self.run.finish)
+    def finish(self, code: int) -> None:
+        """Close the run with the exit status of this process."""
+        self._try(lambda: self.run.finish(exit_code=code))
 
     def _try(self, call: Any) -> None:
+        if self.run is None:
+            return
         try:
             call()
         except Exception as error:
