@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .schema import COMMANDS, DURATIONS, NOT_IN_RESULT, SCHEMAS, ConfigError
+from .schema import COMMANDS, DURATIONS, NOT_IN_RESULT, SCHEMAS, ConfigError, Fallback
 from .schema import duration as duration
 
 # --- composing ----------------------------------------------------------------------------------------------------
@@ -304,6 +304,8 @@ def _check_not_yet(cfg: DictConfig) -> None:
     if cfg.init_from is not None:
         raise ConfigError("init_from is not available in this version: leave it out to train from scratch")
     given = [f"views.{kind}.{k}" for kind in ("global", "local") for k, v in cfg.views[kind].items() if v is not None]
+    if cfg.views["global"].n not in (None, 2) and cfg.objective.name != "mae":
+        raise ConfigError(f"views.global.n={cfg.views['global'].n}: self-distillation compares two global views; use 2")
     if given and cfg.objective.name == "mae":
         raise ConfigError(f"{given[0]} is for multi-crop objectives: objective=mae has objective.crop_scale instead")
     if cfg.data.channels != 3:
@@ -358,6 +360,8 @@ def resolve(cfg: DictConfig) -> DictConfig:
     if cfg.data.name == "scenes":
         _fill(cfg.data, "size", min(cfg.image_size, 128))  # larger ones take minutes to render and show no more
     _fill_recipe(cfg, cfg.objective.recipe, quick=cfg.data.name == "scenes")
+    if "teacher_temp" in cfg.objective:
+        _fill_views(cfg)
     for key in ("dim", "depth", "heads"):
         if f"decoder_{key}" in cfg.objective:
             _fill(cfg.objective, f"decoder_{key}", cfg.backbone.decoder[key])
@@ -372,9 +376,34 @@ def _fill(node: DictConfig, key: str, value: Any) -> None:
         node[key] = value
 
 
+def _fill_views(cfg: DictConfig) -> None:
+    """Sizes of multi-crop views: local ones keep the backbone's proportion, in whole patches or strides."""
+    backbone, views = cfg.backbone, cfg.views
+    _fill(views["global"], "n", 2)
+    _fill(views["global"], "size", cfg.image_size)
+    unit = {"vit": backbone.patch_size or 16, "shvit": 64}.get(backbone.family, 8 * min(4, backbone.patch_size or 4))
+    share = backbone.local_size / backbone.image_size
+    _fill(views.local, "size", max(unit, round(views["global"].size * share / unit) * unit))
+
+
+def _fill_fallbacks(cfg: DictConfig, source: DictConfig) -> None:
+    """Null keys of the objective, of the views and of stochastic depth, from a recipe."""
+    homes = {
+        "global_scale": (cfg.views["global"], "scale"), "local_scale": (cfg.views.local, "scale"),
+        "local_n": (cfg.views.local, "n"), "drop_path": (cfg.backbone, "drop_path"),
+    }  # fmt: skip
+    for field in dataclasses.fields(Fallback):
+        node, key = homes.get(field.name, (cfg.objective, field.name))
+        if key in node and source[field.name] is not None:
+            _fill(node, key, source[field.name])
+
+
 def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
     optim, fast = cfg.optim, recipe.quick
+    if cfg.backbone.family == "timm":
+        _fill(cfg.backbone, "drop_path", 0.0)  # many models have none
     if quick:
+        _fill_fallbacks(cfg, fast)
         if all(cfg[k] is None for k in DURATIONS):
             cfg.max_steps = fast.max_steps
         _fill(cfg, "batch_size", fast.batch_size)
@@ -382,15 +411,23 @@ def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
             _fill(optim, "base_lr", fast.base_lr)
         _fill(optim, "weight_decay", fast.weight_decay)
         _fill(optim, "warmup", fast.warmup)
+    _fill_fallbacks(cfg, recipe)
+    _fill(cfg.backbone, "drop_path", 0.0)
     # A shorter or longer run than the recipe's keeps the recipe's share of warm-up, not its length.
-    share = f"{100 * recipe.warmup_epochs / recipe.max_epochs:g}%"
-    if all(cfg[k] is None for k in DURATIONS):
+    whole = all(cfg[k] is None for k in DURATIONS)
+    for node, key, epochs in (
+        (optim, "warmup", recipe.warmup_epochs), (cfg.objective, "teacher_temp_warmup", recipe.temp_warmup_epochs),
+    ):  # fmt: skip
+        if key in node:
+            _fill(node, key, f"{epochs:g}ep" if whole else f"{100 * epochs / recipe.max_epochs:g}%")
+    if whole:
         cfg.max_epochs = recipe.max_epochs
-        share = f"{recipe.warmup_epochs:g}ep"
-    _fill(optim, "warmup", share)
     _fill(cfg, "batch_size", recipe.batch_size)
-    for key in ("weight_decay", "betas", "min_lr", "clip"):
+    if optim.weight_decay is None:  # an explicit decay is constant unless its end is given, too
+        _fill(optim, "weight_decay_end", recipe.weight_decay_end)
+    for key in ("weight_decay", "betas", "min_lr", "clip", "clip_mode"):
         _fill(optim, key, recipe[key])
+    _fill(optim, "weight_decay_end", optim.weight_decay)
     if optim.lr is None:
         _fill(optim, "base_lr", recipe.base_lr)
         optim.lr = optim.base_lr * cfg.batch_size / 256

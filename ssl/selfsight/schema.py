@@ -138,29 +138,53 @@ def _warmup(v: Any) -> Any:
 # --- schema ------------------------------------------------------------------------------------------------------
 
 
+def span(default: Any) -> Any:
+    """A length of time within a run."""
+    return _field(default, "steps (100), a share of the run (5%) or epochs (40ep)", _warmup)
+
+
 @dataclasses.dataclass
-class Quick:
+class Fallback:
+    """Keys of the objective and of `views` that a recipe fills where they are null; the others stay as they are."""
+
+    num_prototypes: int | None = integer(None, 2)
+    num_patch_prototypes: int | None = integer(None, 2)
+    head_hidden: int | None = integer(None)
+    head_bottleneck: int | None = integer(None)
+    momentum: float | None = number(None, 0, 1)
+    teacher_temp: float | None = number(None, 1e-4)
+    global_scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
+    local_scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
+    local_n: int | None = integer(None, 0)
+    drop_path: float | None = number(None, 0, 0.95)
+
+
+@dataclasses.dataclass
+class Quick(Fallback):
     """What null keys fall back to on data=scenes when no duration is given (a few minutes on two cores)."""
 
     batch_size: int | None = integer(None)
     max_steps: int = integer(600)
     base_lr: float | None = number(None)
     weight_decay: float | None = number(None)
-    warmup: Any = _field(None, "steps (100), a share of the run (5%) or epochs (40ep)", _warmup)
+    warmup: Any = span(None)
 
 
 @dataclasses.dataclass
-class Recipe:
+class Recipe(Fallback):
     """What null keys fall back to: the published recipe of the objective."""
 
     batch_size: int = integer(4096)
     max_epochs: int = integer(800)
     base_lr: float = number(1.5e-4)
     weight_decay: float = number(0.05)
+    weight_decay_end: float | None = number(None)
     betas: list[float] = numbers([0.9, 0.95], 2, 0, 1)
     warmup_epochs: float = number(40)
+    temp_warmup_epochs: float = number(0)
     min_lr: float = number(0.0)
     clip: float | None = number(None)
+    clip_mode: str = one_of("global", "global", "per_tensor")
     quick: Quick = dataclasses.field(default_factory=Quick)
 
 
@@ -177,6 +201,74 @@ class MAE:
     crop_scale: list[float] = numbers([0.2, 1.0], 2, 0.01, 1, rising=True)
     flip: float = number(0.5, 0, 1)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
+
+
+@dataclasses.dataclass
+class DINO:
+    """Keys that all self-distillation objectives share."""
+
+    name: str = one_of("dino", "dino")
+    num_prototypes: int | None = integer(None, 2)
+    head_hidden: int | None = integer(None)
+    head_bottleneck: int | None = integer(None)
+    head_layers: int = integer(3)
+    head_batch_norm: bool = False
+    norm_last_layer: bool = True
+    centering: str = one_of("center", "center", "sinkhorn")
+    center_momentum: float = number(0.9, 0, 1)
+    student_temp: float = number(0.1, 1e-4)
+    teacher_temp: float | None = number(None, 1e-4)
+    teacher_temp_start: float = number(0.04, 1e-4)
+    teacher_temp_warmup: Any = span(None)
+    teacher_temp_schedule: str = one_of("step", "step", "epoch")
+    momentum: float | None = number(None, 0, 1)
+    momentum_end: float = number(1.0, 0, 1)
+    freeze_last_layer: Any = span("1ep")
+    koleo: float = number(0.0)
+    blur_p: list[float] = numbers([1.0, 0.1, 0.5], 3, 0, 1)
+    scope: str = one_of("global", "global", "rank")
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+
+
+@dataclasses.dataclass
+class IBOT(DINO):
+    name: str = one_of("ibot", "ibot")
+    num_patch_prototypes: int | None = integer(None, 2)
+    shared_head: bool = True
+    patch_loss: float = number(1.0)
+    pooled_loss: float = number(1.0)
+    patch_center: str = one_of("all", "all", "masked")
+    center_mean: str = one_of("exact", "exact", "official")
+    masking: str = one_of("stratified", "stratified", "official")
+    mask_shape: str = one_of("block", "block", "random")
+    mask_ratio: list[float] = numbers([0.1, 0.5], 2, 0, 0.95, rising=True)
+    mask_share: float = number(0.5, 0, 1)
+    mask_start: Any = span(0)
+
+
+@dataclasses.dataclass
+class SelfPatch(DINO):
+    name: str = one_of("selfpatch", "selfpatch")
+    num_patch_prototypes: int | None = integer(None, 2)
+    neighbours: int = integer(4, 1, 8)
+    border: str = one_of("clip", "clip", "wrap")
+    patch_loss: float = number(0.1)
+    patch_crops: str = one_of("all", "all", "global")
+
+
+@dataclasses.dataclass
+class ODIS(IBOT):
+    name: str = one_of("odis", "odis")
+    no_mask: str = one_of("full", "full", "skip", "error")
+    object_attention: bool = True
+    object_crops: str = one_of("analytic", "analytic", "official", "none")
+    object_choice: str = one_of("sqrt_area", "sqrt_area", "uniform", "largest")
+    object_locals: bool = False
+    object_shape: str = one_of("exact", "exact", "box")
+    object_margin: int = integer(0, 0, 4)
+    min_area: float = number(0.04, 0, 1)
+    min_visible: float = number(0.25, 0, 1)
+    exact_mean: bool = True
 
 
 @dataclasses.dataclass
@@ -198,6 +290,7 @@ class BackboneConfig:
     registers: int | None = integer(None, 0)
     pos_resize: str | None = one_of("timm", "timm", "official")
     image_size: int = integer(224, 8)
+    local_size: int = integer(96, 8)
     decoder: Decoder = dataclasses.field(default_factory=Decoder)
 
 
@@ -235,12 +328,13 @@ class AdamW:
     weight_decay: float | None = number(None)
     betas: list[float] | None = numbers(None, 2, 0, 1)
     eps: float = number(1e-8)
-    warmup: Any = _field(None, "steps (100), a share of the run (5%) or epochs (40ep)", _warmup)
+    weight_decay_end: float | None = number(None)
+    warmup: Any = span(None)
     min_lr: float | None = number(None)
     clip: float | None = number(None)
-    clip_mode: str = one_of("global", "global", "per_tensor")
+    clip_mode: str | None = one_of(None, "global", "per_tensor")
     decay_rule: str = one_of("default", "default", "official")
-    schedule: str = one_of("cosine", "cosine")
+    schedule: str = one_of("cosine", "cosine", "official")
 
 
 @dataclasses.dataclass
@@ -411,7 +505,7 @@ COMMANDS = {
 }
 # The schema of a group's option; a single class where all options share it.
 SCHEMAS: dict[str, Any] = {
-    "objective": {"mae": MAE},
+    "objective": {"mae": MAE, "dino": DINO, "ibot": IBOT, "selfpatch": SelfPatch, "odis": ODIS},
     "backbone": BackboneConfig,
     "data": {"shards": Data, "folder": Data, "scenes": Scenes},
     "optim": AdamW,
@@ -425,6 +519,6 @@ DURATIONS = ("max_steps", "max_epochs", "max_images")
 # The recipe and the backbone's decoder are defaults: what they led to stands in the keys that they filled.
 NOT_IN_RESULT = (
     *("run_dir", "allow_change", "num_workers", "log_every_n_steps", "trainer", "logger", "launcher"),
-    *("checkpoint", "knn", "pictures", "objective.recipe", "backbone.decoder"),
+    *("checkpoint", "knn", "pictures", "objective.recipe", "backbone.decoder", "backbone.local_size"),
     *("data.max_bad_fraction", "data.index_dir"),
 )

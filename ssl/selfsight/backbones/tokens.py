@@ -74,6 +74,7 @@ class Backbone(nn.Module):
     stride: int  # pixels per patch token (<= cell)
     mask_token: nn.Parameter | None
     drop_path_rate: float
+    can_attend: bool = False  # `attention=True` gives the pooled token's row, also where the objective did not ask
     block_fn: Callable  # the walker of one block; `compile_blocks` swaps it for a compiled one
 
     def cells(self, size: int) -> tuple[int, int]:

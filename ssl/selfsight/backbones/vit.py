@@ -68,6 +68,15 @@ def init_as_mae(model: VisionTransformer, grid: tuple[int, int]) -> None:
     model.pos_embed.requires_grad_(False)
 
 
+def resample_as_dino(table: Tensor, grid: tuple[int, int], trained: tuple[int, int], prefix: int) -> Tensor:
+    """The position table [1, prefix + N, D] at another grid as DINO and iBOT have it: bicubic, not antialiased, and
+    sampled in steps of trained / (grid + 0.1), a guard against rounding that official weights were trained with."""
+    patches = table[:, prefix:].unflatten(1, trained).permute(0, 3, 1, 2)
+    scale = [(new + 0.1) / old for new, old in zip(grid, trained)]
+    patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", recompute_scale_factor=False)
+    return torch.cat([table[:, :prefix], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
 class ViT(Backbone):
     """A timm VisionTransformer; cell = stride = patch size."""
 
@@ -96,6 +105,7 @@ class ViT(Backbone):
         self.embed_dim, self.depth = self.timm.embed_dim, len(self.timm.blocks)
         self.cell = self.stride = self.timm.patch_embed.patch_size[0]
         self.prefix = self.timm.num_prefix_tokens
+        self.can_attend = self.prefix > 0
         self.drop_path_rate, self.pos_resize, self.block_fn = drop_path, pos_resize, run_block
         self._check_sizes(image_sizes, needs)
         if needs.init == "mae":
@@ -138,10 +148,9 @@ class ViT(Backbone):
         if grid == tuple(trained):
             return table
         prefix = 0 if self.timm.no_embed_class else self.prefix
-        return resample_abs_pos_embed(
-            table, new_size=list(grid), old_size=list(trained), num_prefix_tokens=prefix,
-            antialias=self.pos_resize == "timm",
-        )  # fmt: skip
+        if self.pos_resize == "official":
+            return resample_as_dino(table, grid, trained, prefix)
+        return resample_abs_pos_embed(table, new_size=list(grid), old_size=list(trained), num_prefix_tokens=prefix)
 
     def embed(self, images: Tensor, hide: Drop | Replace | None) -> Tensor:
         """Prefix and patch tokens with positions, [B, prefix + K or N, D]; dropped patches are never projected."""

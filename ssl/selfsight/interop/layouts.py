@@ -1,7 +1,7 @@
 """Official checkpoint layouts, as key tables: whose keys are these, and what are they called here?
 
 `split(state, layout)` sorts a state dict into "backbone" (timm's names), "decoder" (the names of `nn.decoders` and
-`nn.pixel_conv`) and "left" (what neither has: classifiers, mask tokens of other methods …, under their own names).
+`nn.pixel_conv`), "heads" (the reference's own names, which are ours, too), "mask_token", and "left" (what neither has: classifiers, mask tokens of other methods …, under their own names).
 """
 
 from __future__ import annotations
@@ -54,6 +54,12 @@ RULES: dict[str, list[Rule]] = {
         (r"dense_decoder\.dec\.(\d+)\.conv\.(.*)", "decoder", r"blocks.\1.conv.\2"),
         (r"dense_decoder\.proj\.(.*)", "decoder", r"proj.\1"),
     ],
+    # facebookresearch/dino, bytedance/ibot, alinlab/SelfPatch: one network of a training checkpoint.
+    "dino": [
+        (r"backbone\.masked_embed", "mask_token", "mask_token"),
+        (r"backbone\.(.*)", "backbone", r"\1"),
+        (r"((?:head|ca_head|c_head|p_head)\..*)", "heads", r"\1"),
+    ],
     # ysj9909/SHViT: lists blocks1..3 that hold the down-samplers as their first three entries.
     "shvit": [
         (r"(patch_embed\..*)", "backbone", r"\1"),
@@ -62,6 +68,9 @@ RULES: dict[str, list[Rule]] = {
         (r"blocks([23])\.(\d+)\.(.*)", "backbone", r"block \1 \2 \3"),
     ],
 }
+
+
+PARTS = ("backbone", "decoder", "heads", "mask_token", "left")
 
 
 def detect(keys: Iterable[str]) -> list[str]:
@@ -80,20 +89,22 @@ def detect(keys: Iterable[str]) -> list[str]:
         found.append("convnext")
     if has(r"blocks1\.0\.") and has(r"patch_embed\.0\."):
         found.append("shvit")
+    if has(r"backbone\.blocks\.0\.attn\.qkv\.") and has(r"(head|ca_head)\."):
+        found.append("dino")
     if has("cls_token") and has(r"patch_embed\.proj\.") and has(r"blocks\.0\.attn\.qkv\."):
         found.append("mae")
     return found
 
 
 def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tensor]]:
-    """Sort and rename a state dict: {"backbone": …, "decoder": …, "left": …}. KeyError for an unknown layout.
+    """Sort and rename a state dict: {"backbone": …, "decoder": …, …}, one entry for each of PARTS. KeyError for an unknown layout.
 
     Wrapper prefixes (DDP's, torch.compile's) and MinkowskiEngine's forms are undone first. Linear and 1x1-convolution
     weights may still differ by trailing axes of length 1; `fit` settles that against a module.
     """
     if layout not in RULES:
         raise KeyError(f"unknown checkpoint layout {layout!r}; known: {', '.join(RULES)}")
-    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "decoder": {}, "left": {}}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for key, value in state.items():
         name, value = _dense(_plain(key), value) if layout in ("fcmae", "convnext") else (_plain(key), value)
         for pattern, part, new in RULES[layout]:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .objective import Objective
 
-NAMES = {"mae": "mae:MAE"}
+NAMES = {
+    "mae": "mae:MAE",
+    "dino": "dino:DINO",
+    "ibot": "ibot:IBOT",
+    "selfpatch": "selfpatch:SelfPatch",
+    "odis": "odis:ODIS",
+}
 
 
 def build_objective(cfg: Any, *, total_steps: int, steps_per_epoch: float) -> Objective:

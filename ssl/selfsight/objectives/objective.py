@@ -21,7 +21,11 @@ class Objective(nn.Module):
 
     needs: ClassVar[Needs] = Needs()
     student: nn.Module
-    teacher: nn.Module | None = None
+    teacher: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = None  # on the instance: a class attribute would hide a registered module of this name
 
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> Objective:

@@ -27,6 +27,7 @@ class Module(pl.LightningModule):
         optim: Any,
         lr: Schedule,
         *,
+        weight_decay: Schedule | None = None,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         step: int = 0,
@@ -34,7 +35,8 @@ class Module(pl.LightningModule):
         scaler_state: dict | None = None,
     ):
         super().__init__()
-        self.objective, self.optim, self.lr, self.step = objective, optim, lr, step
+        self.objective, self.optim, self.step = objective, optim, step
+        self.lr, self.weight_decay = lr, weight_decay or (lambda step: optim.weight_decay)
         self.views = objective.views()
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -83,9 +85,10 @@ class Module(pl.LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip, error_if_nonfinite=False)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        lr = self.lr(self.step)
+        lr, decay = self.lr(self.step), self.weight_decay(self.step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["weight_decay"] = decay if group["decayed"] else 0.0
         optimizer.step(closure=optimizer_closure)
         self.objective.after_step(self.step)
         self.step += 1

@@ -34,7 +34,7 @@ from .lightning import make_trainer, precision_of
 from .log import Metrics
 from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
-from .schedules import warmup_cosine
+from .schedules import cosine, warmup_cosine
 from .screen import closing_table, data_args, first_screen, summarise
 from .stop import StopFlag
 
@@ -188,7 +188,8 @@ class Run:
         objective = build_objective(cfg, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
         optimizer_state, meta = self._load(objective)
         self.module = Module(
-            objective, cfg.optim, self._schedule(), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
+            objective, cfg.optim, self._schedule(),
+            weight_decay=cosine(cfg.optim.weight_decay, cfg.optim.weight_decay_end, self.total_steps), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
             optimizer_state=optimizer_state, scaler_state=meta.get("scaler"),
         )  # fmt: skip
         plan = self._plan()
@@ -216,7 +217,7 @@ class Run:
         if self.streaming and str(o.warmup).endswith("ep"):
             raise config.ConfigError("a stream has no epochs: give optim.warmup in steps (100) or as a share (5%)")
         warmup = min(config.duration(o.warmup).steps(self.total_steps, self.steps_per_epoch), self.total_steps)
-        return warmup_cosine(o.lr, self.total_steps, warmup, o.min_lr)
+        return warmup_cosine(o.lr, self.total_steps, warmup, o.min_lr, inclusive=o.schedule == "official")
 
     def _plan(self) -> Plan:
         cfg, c = self.cfg, self.cfg.checkpoint

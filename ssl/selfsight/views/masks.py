@@ -57,3 +57,16 @@ def slots(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """
     ids = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
     return ids, mask.gather(1, ids).float()
+
+
+def drop_table(key: Tensor, kind: str, count: int, depth: int, rate: float) -> Tensor | None:
+    """Stochastic depth (Huang et al., 2016) of `count` views per image: float [2 * depth, count * B], None at rate 0.
+
+    Factors of the residual branches, 0 or 1 / (1 - rate of the block), the rate rising linearly to `rate` at the last
+    block; two rows per block. key int64 [B]; columns are crop-major.
+    """
+    if rate == 0:
+        return None
+    u = uniform(key, f"drop_path/{kind}", count * 2 * depth).unflatten(1, (count, 2 * depth))
+    rates = torch.linspace(0, rate, depth, device=key.device).repeat_interleave(2)
+    return ((u >= rates) / (1 - rates)).permute(2, 1, 0).flatten(1)

@@ -1,0 +1,87 @@
+"""Prototype heads: from a feature to logits over learned prototypes (DINO, iBOT, SelfPatch, ODIS)."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from .global_batchnorm import GlobalBatchNorm1d
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised linear layer without bias: [*, b] -> [*, K], rows g * v / |v| (Salimans & Kingma, 2016).
+
+    learn_scale: g is trained; else it is fixed at 1 and the logits of unit vectors are cosines. Names are those of
+    torch's old `weight_norm`, in which the reference checkpoints are stored.
+    """
+
+    def __init__(self, dim: int, num_prototypes: int, learn_scale: bool = False):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=learn_scale)
+        # PyTorch's default start of a linear layer, as in the reference, which initialises before it adds this one.
+        self.weight_v = nn.Parameter(nn.Linear(dim, num_prototypes, bias=False).weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+
+
+class PrototypeHead(nn.Module):
+    """MLP with GELU to a bottleneck, length 1, prototypes: [*, D] -> [*, K] (DINO, section 3.1; iBOT).
+
+    patch_prototypes: a second layer of prototypes on the same MLP (iBOT's unshared head); None: patches use the
+    first. batch_norm: before each GELU, over all processes.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_prototypes: int,
+        *,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        batch_norm: bool = False,
+        learn_scale: bool = False,
+        patch_prototypes: int | None = None,
+    ):
+        super().__init__()
+        self.num_prototypes = num_prototypes
+        self.num_patch_prototypes = patch_prototypes or num_prototypes
+        widths = [dim, *[hidden] * (layers - 1), bottleneck]
+        parts: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(widths), 1):
+            parts.append(nn.Linear(a, b))
+            if i < layers:
+                parts += [GlobalBatchNorm1d(b)] * batch_norm + [nn.GELU()]
+        self.mlp = nn.Sequential(*parts)
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = Prototypes(bottleneck, num_prototypes, learn_scale)
+        self.last_layer2 = Prototypes(bottleneck, patch_prototypes, learn_scale) if patch_prototypes else None
+        self.head_fn = run_head
+
+    def forward(self, x: Tensor, patch: bool = False) -> Tensor:
+        """Features [*, D] -> logits [*, K]; patch: through the prototypes of patches."""
+        last = self.last_layer2 if patch and self.last_layer2 is not None else self.last_layer
+        return self.head_fn(self.mlp, last, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def freeze_last(self) -> None:
+        """Drop the prototypes' gradients: with None (not zero) AdamW touches neither weights nor moments."""
+        for layer in (self.last_layer, self.last_layer2):
+            if layer is not None:
+                layer.zero_grad(set_to_none=True)
+
+    def compile_blocks(self, **kwargs) -> None:
+        """Compile the whole head as one function."""
+        self.head_fn = torch.compile(self.head_fn, **kwargs)
+
+
+def run_head(mlp: nn.Sequential, last: Prototypes, x: Tensor) -> Tensor:
+    """[R, D] -> [R, K]. The reference divides by max(norm, 1e-12), which half precision cannot hold."""
+    return last(F.normalize(mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))

@@ -1,0 +1,83 @@
+"""What the teacher's logits become before the student must match them: centred or balanced distributions.
+
+Statistics are those of the global batch: every process gets what one process with the whole batch would compute.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .losses import all_sum, upcast, world_size
+
+
+class Center(nn.Module):
+    """softmax((logits - centre) / temperature), and the centre: an average of past logits (DINO, eq. 4).
+
+    A step's logits only gather in a pending sum, over micro-batches; `apply_` moves the centre once per optimizer
+    step, over all processes. So the centre used in a step holds the steps before it, as in the reference, and nothing
+    is pending when a checkpoint is written.
+    official_mean: the unweighted mean of the processes' means (DINOv2's patch centre) instead of the mean of all rows.
+    """
+
+    def __init__(self, num_prototypes: int, *, official_mean: bool = False):
+        super().__init__()
+        self.official_mean = official_mean
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self.register_buffer("pending", torch.zeros(num_prototypes + 1), persistent=False)  # the last entry: rows
+
+    def forward(self, logits: Tensor, temp: float, weight: Tensor | None = None) -> Tensor:
+        """Logits [*, K] -> targets [*, K] in float32 or better; weight [*] of rows in the centre, None = 1."""
+        logits = upcast(logits)
+        if self.training:
+            self.add(logits, weight)
+        return ((logits - self.center) / temp).softmax(-1)
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, weight: Tensor | None = None) -> None:
+        """Let rows [*, K] count in the next centre without making targets of them."""
+        rows = upcast(logits).flatten(0, -2)
+        if weight is None:
+            total, count = rows.sum(0), torch.full((1,), float(len(rows)), dtype=rows.dtype, device=rows.device)
+        else:
+            weight = weight.flatten().to(rows.dtype)
+            total, count = weight @ rows, weight.sum()[None]
+        self.pending += torch.cat([total, count])
+
+    @torch.no_grad()
+    def apply_(self, momentum: float) -> None:
+        """c <- momentum c + (1 - momentum) mean, if there was any row."""
+        pending = self.pending
+        if self.official_mean:
+            pending = pending / pending[-1].clamp(min=1e-6)
+        pending = all_sum(pending)
+        count = pending[-1]
+        mean = pending[:-1] / count.clamp(min=1e-6)
+        self.center.copy_(torch.where(count > 0, momentum * self.center + (1 - momentum) * mean, self.center))
+        self.pending.zero_()
+
+
+@torch.no_grad()
+def sinkhorn(
+    logits: Tensor, temp: float, weight: Tensor | None = None, iterations: int = 3, scope: str = "global"
+) -> Tensor:
+    """Balanced assignments (Cuturi, 2013; SwAV; DINOv2): logits [R, K] -> targets [R, K], every row sums to 1.
+
+    Prototypes share the rows of all processes equally (scope "rank": of this one). weight [R]: 0 for padding, which
+    gets zeros. The largest logit is subtracted first; that changes nothing but cannot overflow.
+    """
+    scope_sum = all_sum if scope == "global" else lambda x: x
+    scaled = upcast(logits) / temp
+    weight = scaled.new_ones(len(scaled)) if weight is None else weight.to(scaled.dtype)
+    top = torch.where(weight > 0, scaled.amax(1), -torch.inf).amax()
+    if scope == "global" and world_size() > 1:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    top = torch.where(torch.isfinite(top), top, 0.0)  # no row anywhere
+    q = (scaled - top).clamp(max=0).exp() * weight[:, None]
+    rows = scope_sum(weight.sum()).clamp(min=1.0)
+    q = q / scope_sum(q.sum()).clamp(min=1e-30)
+    for _ in range(iterations):
+        q = q / (scope_sum(q.sum(0)).clamp(min=1e-30) * q.shape[1])
+        q = q / (q.sum(1, keepdim=True).clamp(min=1e-30) * rows)
+    return q * rows

@@ -1,0 +1,94 @@
+"""DINO: self-distillation with no labels (Caron et al., ICCV 2021, arXiv 2104.14294).
+
+    loss = mean over pairs of different views of  H( softmax((teacher - centre) / temp), softmax(student / 0.1) )
+
+The teacher sees the two global views, the student all of them. Centring (or Sinkhorn) against a low temperature keeps
+the distributions from collapsing. Only the pooled feature is used, so every family trains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.tokens import Needs
+from ..config import ConfigError
+from ..nn.heads import PrototypeHead
+from ..nn.losses import cross_view, koleo, other_views
+from ..nn.targets import Center, sinkhorn
+from ..views.spec import Batch, Views
+from . import distill
+from .distill import Distillation, Pace
+from .objective import Logs
+
+
+class DINO(Distillation):
+    """student / teacher: {"backbone", "head"}; center: of the teacher's logits."""
+
+    needs = Needs()
+
+    def __init__(
+        self,
+        student: nn.ModuleDict,
+        views: Views,
+        pace: Pace,
+        *,
+        centering: str = "center",
+        center_momentum: float = 0.9,
+        student_temp: float = 0.1,
+        koleo: float = 0.0,
+        scope: str = "global",
+    ):
+        super().__init__(student, views, pace, center_momentum=center_momentum)
+        self.centering, self.student_temp, self.koleo, self.scope = centering, student_temp, koleo, scope
+        head: PrototypeHead = student["head"]
+        self.center = Center(head.num_prototypes)
+
+    @classmethod
+    def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> DINO:
+        o = cfg.objective
+        if cfg.batch_size < 2 and (o.koleo or o.centering == "sinkhorn"):
+            what = "objective.koleo" if o.koleo else "objective.centering=sinkhorn"
+            raise ConfigError(f"{what} compares the images of a batch and batch_size is 1: use 2 or more")
+        backbone = distill.multicrop_backbone(cfg, cls.needs)
+        student = nn.ModuleDict({"backbone": backbone, "head": distill.prototype_head(cfg, backbone.embed_dim)})
+        return cls(
+            student, distill.multicrop(cfg), Pace.of(cfg, total_steps, steps_per_epoch), centering=o.centering,
+            center_momentum=o.center_momentum, student_temp=o.student_temp, koleo=o.koleo, scope=o.scope,
+        )  # fmt: skip
+
+    def centers(self) -> list[nn.Module]:
+        return [self.center] if self.centering == "center" else []
+
+    def targets(self, logits: Tensor, step: int) -> Tensor:
+        """Teacher's logits [2, B, K] -> distributions."""
+        temp = self.pace.temp(step)
+        if self.centering == "center":
+            return self.center(logits, temp)
+        distill.need_rows(logits.shape[1], self.scope, "objective.centering=sinkhorn")
+        return sinkhorn(logits.flatten(0, 1), temp, scope=self.scope).unflatten(0, logits.shape[:2])
+
+    def spread(self, pooled: Tensor, rows: int) -> Tensor:
+        """KoLeo of each global view: pooled features, crop-major, of which the first 2 * rows are global."""
+        distill.need_rows(rows, self.scope, "objective.koleo")
+        return sum(koleo(view, self.scope) for view in pooled[: 2 * rows].split(rows))
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
+        images, drop, rows = batch["images"], batch["drop"], batch["images"]["global"].shape[1]
+        with torch.no_grad():
+            logits = self.teacher["head"](self.encode(self.teacher, images["global"]).pooled)
+            target = self.targets(logits.unflatten(0, (2, rows)), step)  # [2, B, K]
+        pooled = torch.cat([self.encode(self.student, v, drop_path=drop[k]).pooled for k, v in images.items()])
+        logits = self.student["head"](pooled).unflatten(0, (-1, rows))  # [2 + V, B, K]
+        loss = other_views(cross_view(target, logits, self.student_temp)).mean()
+        logs = {"loss": loss.detach()} | distill.health(target, loss)
+        if self.koleo:
+            spread = self.spread(pooled, rows)
+            loss = loss + self.koleo * spread
+            logs |= {"loss": loss.detach(), "koleo": spread.detach()}
+        return loss, logs
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return distill.view_pictures(self, batch)
