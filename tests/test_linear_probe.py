@@ -120,8 +120,8 @@ def settings(checkpoint, out, root, root_val=None, name="knn", **changes):
     }
     data = {"name": "folder", "root": root, "root_val": root_val, "mode": "exact", "labels": "auto", "index_dir": None}
     return OmegaConf.create({
-        "checkpoint": str(checkpoint), "probe": kinds[name] | {"bank": None}, "data": data, "which": None,
-        "image_size": None, "batch_size": 32, "num_workers": 0, "seed": 0, "out": str(out), "device": "cpu",
+        "checkpoint": str(checkpoint), "step": "last", "which": None, "data": data, "image_size": None, "seed": 0,
+        "probe": kinds[name] | {"bank": None}, "batch_size": 32, "num_workers": 0, "out": str(out), "device": "cpu",
     } | changes)  # fmt: skip
 
 

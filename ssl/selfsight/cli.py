@@ -83,13 +83,15 @@ seconds=5    how long each part is measured; all keys of a training run apply:
     "probe": """\
 Accuracy of a frozen backbone; writes <out>/<probe>.json.
 
-  {call} checkpoint=runs/my-run
+  {call} checkpoint=runs/my-run step=best
   {call} checkpoint=runs/my-run probe=linear data=folder data.root=/d/train data.root_val=/d/val
   {call} checkpoint=vit_small_patch16_224.dino data=shards data.train='/d/train-{{000..099}}.tar' out=probes
 
-what         checkpoint=  run folder, export folder, or the name of a timm model      which= student | teacher
+what         checkpoint=  run folder, export folder, or the name of a timm model
+             step= last | best | <number>   which checkpoint of a run folder          which= student | teacher
 how          probe=       {probe}      probe.k=   probe.lrs=[0.1,0.3]   probe.epochs=
-data         data=        {data}      data.train= data.val= data.root= data.root_val=
+data         data=        {data}   (left out: what the run was trained on)
+             data.train= data.val= data.root= data.root_val=
              image_size=  batch_size=  num_workers=  seed=  device=
 result       out=         folder for the JSON
 """,
@@ -98,7 +100,7 @@ Write a folder that timm.create_model('local-dir:<out>', pretrained=True) opens.
 
   {call} checkpoint=runs/my-run out=my-model
 
-checkpoint=  run folder      which= student | teacher
+checkpoint=  run folder      step= last | best | <number>      which= student | teacher
 out=         new folder      overwrite=true replaces an old one
 """,
     "prepare": """\

@@ -135,6 +135,15 @@ def _warmup(v: Any) -> Any:
     return int(parsed.amount) if parsed.unit == "steps" else str(v).strip()
 
 
+def _step(v: Any) -> Any:
+    return v if v in ("last", "best") else _require(int(v) >= 0, int(v))
+
+
+def kept_step() -> Any:
+    """Which checkpoint of a run folder."""
+    return _field("last", "last, best or the number of a kept step", _step)
+
+
 # --- schema ------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +458,7 @@ class Probe:
     probe: Any = None
     data: Any = None
     checkpoint: str | None = None
+    step: Any = kept_step()
     which: str | None = one_of(None, "student", "teacher")
     image_size: int | None = integer(None, 8)
     batch_size: int = integer(256)
@@ -461,6 +471,7 @@ class Probe:
 @dataclasses.dataclass
 class Export:
     checkpoint: str | None = None
+    step: Any = kept_step()
     which: str | None = one_of(None, "student", "teacher")
     out: str | None = None
     overwrite: bool = False

@@ -31,7 +31,7 @@ from ..data.loader import Samples
 from ..data.order import Order
 from ..data.stream import Stream
 from ..probes.bank import crop_share
-from ..training.checkpoint import load, load_unique_state, newest
+from ..training import checkpoint
 from ..training.judge import clean, fixed_ranges, spoiled
 from ..views.photo import prepare
 from .card import write_card
@@ -46,7 +46,7 @@ class ExportError(ValueError):
 
 
 class Run(NamedTuple):
-    """A backbone out of a run folder's newest checkpoint, with what is needed to use it."""
+    """A backbone out of a run folder's checkpoint, with what is needed to use it."""
 
     backbone: Backbone
     which: str
@@ -197,18 +197,44 @@ def read_card(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text()).get(CARD_KEY, {})
 
 
-def load_run(folder: Path, which: str | None = None) -> Run:
-    """Rebuild the backbone of a run from its newest checkpoint. which: student | teacher, None = the run's default."""
+def find_checkpoint(folder: Path, step: str | int = "last") -> Path:
+    """The checkpoint of a run at a step: last | best (by k-NN) | a number; ExportError says which there are."""
+    kept = folder / "checkpoints"
+    if step == "last":
+        path = checkpoint.newest(kept)
+    else:
+        path = checkpoint.best(kept) if step == "best" else kept / f"step-{step:09d}"
+    if path is not None and path.is_dir():
+        if step != "last" and (problem := checkpoint.verify(path)):
+            raise ExportError(f"{path} is damaged ({problem}); choose another step=")
+        return path
+    steps = sorted(map(_number, kept.glob("step-*")))
+    if not steps:
+        raise ExportError(f"{folder} has no checkpoint yet (checkpoints/ is empty); let the run write one first")
+    why = ": k-NN was not measured, or checkpoint.keep_best=false" if step == "best" else ""
+    raise ExportError(
+        f"{folder} has no checkpoint step={step}{why}; it keeps {', '.join(map(str, steps))}, and step=last is the "
+        "newest of them"
+    )
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def load_run(folder: Path, which: str | None = None, step: str | int = "last") -> Run:
+    """Rebuild the backbone of a run from a checkpoint.
+
+    which: student | teacher, None = the run's default. step: see `find_checkpoint`.
+    """
     from ..objectives import build_objective
 
-    path = newest(folder / "checkpoints")
-    if path is None:
-        raise ExportError(f"{folder} has no checkpoint yet (checkpoints/ is empty); let the run write one first")
-    cfg, (tensors, meta) = config.read(folder / "config.yaml"), load(path)
+    path = find_checkpoint(folder, step)
+    cfg, (tensors, meta) = config.read(folder / "config.yaml"), checkpoint.load(path)
     # Schedules play no part in features, so unknown lengths do no harm.
     objective = build_objective(cfg, total_steps=int(meta.get("total_steps") or cfg.get("max_steps") or 1),
                                 steps_per_epoch=float(meta.get("steps_per_epoch") or 1))  # fmt: skip
-    load_unique_state(objective, tensors)
+    checkpoint.load_unique_state(objective, tensors)
     found = objective.exports()
     name = which or next(iter(found))
     if name not in found:
@@ -241,36 +267,41 @@ def _unmasked(cfg: DictConfig, objective: Any, mean: Sequence[float], std: Seque
 def export(cfg: DictConfig) -> dict[str, Any]:
     """`selfsight export checkpoint=<run folder> out=<folder>`: returns {"out", "which", "step"}.
 
-    The run's own export/ is copied when it is of the newest step (its batch-norm statistics may have been measured
-    again for it); otherwise the newest checkpoint is rebuilt and exported.
+    The run's own export/ is copied when it is of the step asked for (its batch-norm statistics may have been measured
+    again for it); otherwise the checkpoint is rebuilt and exported.
     """
     if not cfg.checkpoint or not cfg.out:
         raise ExportError("export needs checkpoint=<run folder> and out=<new folder>")
-    source, out, which = Path(cfg.checkpoint), Path(cfg.out), cfg.get("which")
+    source, out, which, step = Path(cfg.checkpoint), Path(cfg.out), cfg.get("which"), cfg.get("step", "last")
     if is_export(source):
         raise ExportError(f"{source} is an export folder already; open it with timm or copy it")
     if not is_run(source):
         raise ExportError(f"{source} is not a run folder (no config.yaml); give the run_dir that training printed")
     _refuse_existing(out, bool(cfg.get("overwrite")))
-    ready = current_export(source, which)
+    ready = current_export(source, which, step)
     if ready is not None:
         card = _copy(ready, out)
     else:
-        run = load_run(source, which)
+        run = load_run(source, which, step)
         card = run.card
         export_backbone(run.backbone, out, mean=run.mean, std=run.std, image_size=run.image_size, card=card)
     print(f"{out}: timm.create_model('local-dir:{out}', pretrained=True) opens it; see README.md inside", flush=True)
     return {"out": str(out), "which": card.get("which"), "step": card.get("steps")}
 
 
-def current_export(run: Path, which: str | None) -> Path | None:
-    """The run's own export/ if it holds `which` (None = whatever it holds) and no newer checkpoint exists."""
+def current_export(run: Path, which: str | None, step: str | int = "last") -> Path | None:
+    """The run's own export/ if it holds `which` (None = whatever it holds) of that step (last: nothing newer)."""
     folder = run / "export"
     if not is_export(folder):
         return None
-    card, path = read_card(folder), newest(run / "checkpoints")
-    older = path is not None and int(path.name.removeprefix("step-")) > int(card.get("steps") or 0)
-    return None if older or (which and which != card.get("which")) else folder
+    card = read_card(folder)
+    have = int(card.get("steps") or 0)
+    if step == "last":
+        newest = checkpoint.newest(run / "checkpoints")
+        other = newest is not None and _number(newest) > have
+    else:
+        other = step != have and _number(find_checkpoint(run, step)) != have
+    return None if other or (which and which != card.get("which")) else folder
 
 
 def _copy(ready: Path, out: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`selfsight probe`: the accuracy of a frozen backbone by a named protocol, written as JSON with every setting.
 
-    checkpoint=<run folder | export folder | timm model>  probe=knn|linear  data=...  out=<folder>
+    checkpoint=<run folder | export folder | timm model>  step=last|best|N  probe=knn|linear  data=...  out=<folder>
+
+Without data= a run is probed on the data that it was trained on, a timm model on the built-in scenes.
 
 The reported split chooses nothing: k and T are given, and the linear grid is chosen on held-out training images.
 """
@@ -17,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .. import config
 from ..data import open_source
 from ..data.rng import key_of, uniform
 from ..data.source import Source
@@ -41,18 +44,20 @@ class Loaded(NamedTuple):
     image_size: int
     crop_pct: float
     facts: dict[str, Any]
+    data: Any = None  # the data config of the run, where it is known
 
 
 def probe(cfg: Any) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
-    loaded = load_backbone(cfg.checkpoint, cfg.which, cfg.image_size)
+    loaded = load_backbone(cfg.checkpoint, cfg.which, cfg.image_size, cfg.step)
+    cfg.data = _data(cfg, loaded)
     train, test, split = _splits(cfg, loaded.image_size)
     device = _device(cfg.device)
     loaded.model.to(device)
     options = {
         "size": loaded.image_size, "crop_pct": loaded.crop_pct, "mean": loaded.mean, "std": loaded.std,
-        "batch_size": cfg.batch_size, "device": device, "workers": cfg.num_workers or _workers(),
+        "batch_size": cfg.batch_size, "device": device, "workers": _workers(cfg.num_workers),
     }  # fmt: skip
     bank, queries = (extract(loaded.model, source, ids, **options) for source, ids in (train, test))
     _need_labels(train[0], bank, cfg.probe.name)
@@ -83,20 +88,25 @@ def probe(cfg: Any) -> dict[str, Any]:
     return result
 
 
-def load_backbone(checkpoint: str | None, which: str | None = None, image_size: int | None = None) -> Loaded:
+def load_backbone(
+    checkpoint: str | None, which: str | None = None, image_size: int | None = None, step: str | int = "last"
+) -> Loaded:
     """Open a run folder, an export folder or a timm model with its pretrained weights; ProbeError names what works.
 
-    A run folder is opened through its export/ folder if that is of the newest step, else through its checkpoint.
-    image_size: None = the size it was trained at.
+    A run folder is opened through its export/ folder if that is of the step asked for, else through its checkpoint.
+    image_size: None = the size it was trained at. step: last | best | a number, of a run folder.
     """
     if not checkpoint:
         raise ProbeError("a probe needs checkpoint=<run folder, export folder, or name of a timm model>")
     folder = Path(checkpoint).expanduser()
+    if step != "last" and not is_run(folder):
+        raise ProbeError(f"step={step} chooses a checkpoint of a run folder, and {checkpoint} is none; leave it out")
     if is_export(folder):
         return _from_timm(folder, image_size)
     if is_run(folder):
-        ready = current_export(folder, which)
-        return _from_timm(ready, image_size) if ready else _from_run(folder, which, image_size)
+        ready = current_export(folder, which, step)
+        loaded = _from_timm(ready, image_size) if ready else _from_run(folder, which, image_size, step)
+        return loaded._replace(data=config.read(folder / "config.yaml").get("data"))
     if folder.exists() or checkpoint.startswith(("/", ".", "~")):
         raise ProbeError(f"checkpoint={checkpoint} is neither a run folder (config.yaml) nor an export folder "
                          "(config.json and model.safetensors)")  # fmt: skip
@@ -112,11 +122,12 @@ def _from_timm(folder: Path, image_size: int | None) -> Loaded:
     facts = {"backbone": card.get("backbone", config["architecture"]), "objective": card.get("objective"),
              "which": card.get("which"), "checkpoint": str(folder), "step": card.get("steps")}  # fmt: skip
     crop = pretrained["crop_pct"] if size == int(pretrained["input_size"][-1]) else crop_share(size)
-    return Loaded(model, tuple(pretrained["mean"]), tuple(pretrained["std"]), size, crop, facts)
+    data = (card.get("config") or {}).get("data")
+    return Loaded(model, tuple(pretrained["mean"]), tuple(pretrained["std"]), size, crop, facts, data)
 
 
-def _from_run(folder: Path, which: str | None, image_size: int | None) -> Loaded:
-    run = load_run(folder, which)
+def _from_run(folder: Path, which: str | None, image_size: int | None, step: str | int) -> Loaded:
+    run = load_run(folder, which, step)
     facts = {k: run.card[k] for k in ("backbone", "objective", "which")}
     facts |= {"checkpoint": str(folder), "step": run.card["steps"]}
     size = image_size or run.image_size
@@ -143,11 +154,21 @@ def _from_hub(name: str, image_size: int | None) -> Loaded:
     return Loaded(model, tuple(data["mean"]), tuple(data["std"]), size, data["crop_pct"], facts)
 
 
+def _data(cfg: Any, loaded: Loaded) -> DictConfig:
+    """What was given, else what the run was trained on, else the built-in scenes."""
+    if cfg.data is not None:
+        return cfg.data
+    if loaded.data:
+        print(f"data: {loaded.data['name']}, as in training (data=… chooses another)", flush=True)
+        return OmegaConf.create(loaded.data)
+    return config.load("probe", ["checkpoint=-", "data=scenes"]).data
+
+
 def _splits(cfg: Any, image_size: int) -> tuple[tuple[Source, np.ndarray], tuple[Source, np.ndarray], str]:
     """(source, ids) of train and test, and words for where test came from."""
     data = cfg.data
     if data.get("mode") == "stream":
-        raise ProbeError("data.mode=stream cannot be read by number; a probe needs data.mode=exact")
+        raise ProbeError("data.mode=stream cannot be read by number; a probe needs data=… with data.mode=exact")
     if data.name == "scenes" and data.get("size") is None:
         data = OmegaConf.merge(data, {"size": image_size})
     train, val = (open_source(data, split) for split in ("train", "val"))
@@ -210,19 +231,16 @@ def _device(word: str) -> torch.device:
     return torch.device("cuda" if word == "gpu" else word)
 
 
-def _workers() -> int:
-    return min(8, os.cpu_count() or 1)
+def _workers(wanted: int | None) -> int:
+    return min(8, os.cpu_count() or 1) if wanted is None else wanted
 
 
 def _write(cfg: Any, result: dict[str, Any]) -> Path:
-    """`<out>/<probe>.json`, complete or not at all. out: given, else <run>/probes, else ./probes."""
-    folder = (
-        Path(cfg.out)
-        if cfg.out
-        else Path(cfg.checkpoint) / "probes"
-        if is_run(Path(cfg.checkpoint))
-        else Path("probes")
-    )
+    """`<out>/<probe>.json`, complete or not at all. out: given, else <run>/probes (/<step>), else ./probes."""
+    run = Path(cfg.checkpoint).expanduser()
+    folder = Path(cfg.out) if cfg.out else run / "probes" if is_run(run) else Path("probes")
+    if not cfg.out and cfg.step != "last":
+        folder = folder / str(cfg.step)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cfg.probe.name}.json"
     tmp = path.with_name(f".{path.name}-{os.getpid()}")

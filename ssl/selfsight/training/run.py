@@ -35,7 +35,7 @@ from .log import Metrics
 from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
-from .screen import closing_table, data_args, first_screen, summarise
+from .screen import closing_table, first_screen, summarise
 from .stop import StopFlag
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
@@ -187,9 +187,10 @@ class Run:
         torch.manual_seed(cfg.seed)  # initial weights; nothing later draws from the global generator
         objective = build_objective(cfg, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
         optimizer_state, meta = self._load(objective)
+        o = cfg.optim
         self.module = Module(
-            objective, cfg.optim, self._schedule(),
-            weight_decay=cosine(cfg.optim.weight_decay, cfg.optim.weight_decay_end, self.total_steps), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
+            objective, o, self._schedule(), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
+            weight_decay=cosine(o.weight_decay, o.weight_decay_end, self.total_steps),
             optimizer_state=optimizer_state, scaler_state=meta.get("scaler"),
         )  # fmt: skip
         plan = self._plan()
@@ -316,7 +317,7 @@ class Run:
             "images_seen": images, "steps": self.total_steps,
             "epochs": images / self.num_samples if self.num_samples else None,
             "seconds": seconds, "processes": world, "run_dir": str(self.dir), "objective": cfg.objective.name,
-            "backbone": cfg.backbone.name, "data_args": data_args(cfg.data), "provenance": provenance.collect(device),
+            "backbone": cfg.backbone.name, "provenance": provenance.collect(device),
         }  # fmt: skip
         self.module.eval()
         export_backbone(

@@ -81,18 +81,6 @@ def summarise(metrics: Metrics, total_steps: int) -> dict:
     }
 
 
-def data_args(data: Any) -> str:
-    """The words that make another command read the same data; nothing for the built-in scenes."""
-    if data.name == "scenes":
-        return ""
-    words = [f"data={data.name}"]
-    for key in ("train", "val", "root", "root_val"):
-        if data.get(key):
-            value = data[key] if isinstance(data[key], str) else f"[{','.join(data[key])}]"
-            words.append(f"data.{key}={shlex.quote(value)}")
-    return " " + " ".join(words)
-
-
 def closing_table(summary: dict, run_dir: Path) -> str:
     """What a run achieved, and what to type next."""
 
@@ -117,7 +105,7 @@ def closing_table(summary: dict, run_dir: Path) -> str:
     table = "\n".join(f"  {name:<{width}}  {value:>12}" for name, value in rows)
     script = "python {}.py" if Path("train.py").exists() else "selfsight {}"
     folder = shlex.quote(str(run_dir))
-    probe = f"  {script.format('probe')} checkpoint={folder} probe=linear{summary.get('data_args', '')}\n"
+    probe = f"  {script.format('probe')} checkpoint={folder} probe=linear\n"
     probe = probe if summary.get("knn") is not None else ""  # a linear probe needs labels
     return (
         f"{table}\n\n  everything is in {run_dir}: report.html, export/ (opens with timm), pictures/, metrics.csv\n\n"
