@@ -35,13 +35,16 @@ def head(config: dict, dim: int, **kwargs) -> PrototypeHead:
 
 def load(net: nn.ModuleDict, state: dict[str, torch.Tensor]) -> None:
     """One network's official state into ours; nothing may be missing or left over."""
-    assert detect(state.keys())[0] == "dino"
-    parts = split(state, "dino")
+    layout = detect(state.keys())[0]
+    assert layout in ("dino", "dinov2")
+    parts = split(state, layout)
     assert not parts["left"]
     assert not parts["decoder"]
     net["backbone"].timm.load_state_dict(parts["backbone"])
     rest = nn.ModuleDict({k: m for k, m in net.items() if k != "backbone"})
-    rest.load_state_dict(parts["heads"])
+    # A shared head is stored twice by iBOT: as the layers of class tokens and of patches.
+    unshared = "head" in rest and getattr(rest["head"], "last_layer2", None) is not None
+    rest.load_state_dict({k: v for k, v in parts["heads"].items() if unshared or "last_layer2" not in k})
     if parts["mask_token"]:
         with torch.no_grad():
             net["backbone"].mask_token.copy_(parts["mask_token"]["mask_token"])

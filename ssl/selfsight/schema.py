@@ -243,7 +243,7 @@ class DINO:
 class IBOT(DINO):
     name: str = one_of("ibot", "ibot")
     num_patch_prototypes: int | None = integer(None, 2)
-    shared_head: bool = True
+    patch_head: str = one_of("shared", "shared", "prototypes", "separate")
     patch_loss: float = number(1.0)
     pooled_loss: float = number(1.0)
     patch_center: str = one_of("all", "all", "masked")
@@ -252,7 +252,7 @@ class IBOT(DINO):
     mask_shape: str = one_of("block", "block", "random")
     mask_ratio: list[float] = numbers([0.1, 0.5], 2, 0, 0.95, rising=True)
     mask_share: float = number(0.5, 0, 1)
-    mask_start: Any = span(0)
+    mask_start: Any = span("0ep")
 
 
 @dataclasses.dataclass
@@ -269,7 +269,7 @@ class SelfPatch(DINO):
 class ODIS(IBOT):
     name: str = one_of("odis", "odis")
     no_mask: str = one_of("full", "full", "skip", "error")
-    object_attention: bool = True
+    object_pool: str = one_of("attention", "attention", "mean", "none")
     object_crops: str = one_of("analytic", "analytic", "official", "none")
     object_choice: str = one_of("sqrt_area", "sqrt_area", "uniform", "largest")
     object_locals: bool = False
@@ -494,6 +494,25 @@ class Prepare:
 
 
 @dataclasses.dataclass
+class Proposals:
+    data: Any = None
+    checkpoint: str | None = None
+    which: str | None = one_of(None, "student", "teacher")
+    image_size: int | None = integer(None, 8)
+    features: str = one_of("keys", "keys", "tokens")
+    center: bool = True
+    tau: float = number(0.15, -1, 1)
+    objects: int = integer(3, 1, 254)
+    min_area: float = number(0.01, 0, 0.9)
+    map_size: int = integer(256, 8)
+    split: str = one_of("train", "train", "val")
+    batch_size: int = integer(64)
+    num_workers: int | None = integer(None, 0)
+    device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
+    out: str | None = None
+
+
+@dataclasses.dataclass
 class Index:
     data: Any = None
 
@@ -511,6 +530,7 @@ COMMANDS = {
     "probe": Probe,
     "export": Export,
     "prepare": Prepare,
+    "proposals": Proposals,
     "index": Index,
     "doctor": Doctor,
 }

@@ -60,6 +60,15 @@ RULES: dict[str, list[Rule]] = {
         (r"backbone\.(.*)", "backbone", r"\1"),
         (r"((?:head|ca_head|c_head|p_head)\..*)", "heads", r"\1"),
     ],
+    # facebookresearch/dinov2: student or teacher of a training checkpoint.
+    "dinov2": [
+        (r"(?:backbone\.)?mask_token", "mask_token", "mask_token"),
+        (r"(?:backbone\.)?register_tokens", "backbone", "reg_token"),
+        (r"dino_head\.(.*)", "heads", r"head.\1"),
+        (r"ibot_head\.(.*)", "heads", r"patch_head.\1"),
+        (r"(?:backbone\.)?(?:blocks\.\d+\.(?=\d))(.*)", "backbone", r"blocks.\1"),  # chunked for FSDP
+        (r"(?:backbone\.)?((?:cls_token|pos_embed|patch_embed|blocks|norm)\b.*)", "backbone", r"\1"),
+    ],
     # ysj9909/SHViT: lists blocks1..3 that hold the down-samplers as their first three entries.
     "shvit": [
         (r"(patch_embed\..*)", "backbone", r"\1"),
@@ -89,6 +98,8 @@ def detect(keys: Iterable[str]) -> list[str]:
         found.append("convnext")
     if has(r"blocks1\.0\.") and has(r"patch_embed\.0\."):
         found.append("shvit")
+    if has(r"(backbone\.)?mask_token") and has(r"(backbone\.)?blocks\.\d+\.(\d+\.)?ls1\.gamma"):
+        found.append("dinov2")
     if has(r"backbone\.blocks\.0\.attn\.qkv\.") and has(r"(head|ca_head)\."):
         found.append("dino")
     if has("cls_token") and has(r"patch_embed\.proj\.") and has(r"blocks\.0\.attn\.qkv\."):
@@ -115,7 +126,16 @@ def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tenso
                 break
         else:
             parts["left"][key] = value
+    if layout == "dinov2" and "reg_token" in parts["backbone"]:
+        _place_registers(parts["backbone"])
     return parts
+
+
+def _place_registers(backbone: dict[str, Tensor]) -> None:
+    """DINOv2 inserts registers behind the position table's class row; timm adds that row to the class token."""
+    table = backbone["pos_embed"]
+    backbone["cls_token"] = backbone["cls_token"] + table[:, :1]
+    backbone["pos_embed"] = table[:, 1:]
 
 
 def fit(part: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

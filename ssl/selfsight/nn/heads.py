@@ -64,12 +64,20 @@ class PrototypeHead(nn.Module):
                 nn.init.zeros_(module.bias)
         self.last_layer = Prototypes(bottleneck, num_prototypes, learn_scale)
         self.last_layer2 = Prototypes(bottleneck, patch_prototypes, learn_scale) if patch_prototypes else None
-        self.head_fn = run_head
+        self.embed_fn, self.score_fn = run_mlp, run_prototypes
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Features [*, D] -> unit vectors at the bottleneck, [*, b]."""
+        return self.embed_fn(self.mlp, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def score(self, z: Tensor, patch: bool = False) -> Tensor:
+        """Vectors at the bottleneck [*, b] -> logits [*, K]; patch: over the prototypes of patches."""
+        last = self.last_layer2 if patch and self.last_layer2 is not None else self.last_layer
+        return self.score_fn(last, z)
 
     def forward(self, x: Tensor, patch: bool = False) -> Tensor:
-        """Features [*, D] -> logits [*, K]; patch: through the prototypes of patches."""
-        last = self.last_layer2 if patch and self.last_layer2 is not None else self.last_layer
-        return self.head_fn(self.mlp, last, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        """Features [*, D] -> logits [*, K]."""
+        return self.score(self.embed(x), patch)
 
     def freeze_last(self) -> None:
         """Drop the prototypes' gradients: with None (not zero) AdamW touches neither weights nor moments."""
@@ -78,10 +86,16 @@ class PrototypeHead(nn.Module):
                 layer.zero_grad(set_to_none=True)
 
     def compile_blocks(self, **kwargs) -> None:
-        """Compile the whole head as one function."""
-        self.head_fn = torch.compile(self.head_fn, **kwargs)
+        """Compile the two halves of the head."""
+        self.embed_fn = torch.compile(self.embed_fn, **kwargs)
+        self.score_fn = torch.compile(self.score_fn, **kwargs)
 
 
-def run_head(mlp: nn.Sequential, last: Prototypes, x: Tensor) -> Tensor:
-    """[R, D] -> [R, K]. The reference divides by max(norm, 1e-12), which half precision cannot hold."""
-    return last(F.normalize(mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+def run_mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """[R, D] -> unit vectors [R, b]. The reference divides by max(norm, 1e-12), which half precision cannot hold."""
+    return F.normalize(mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+
+
+def run_prototypes(last: Prototypes, z: Tensor) -> Tensor:
+    """[*, b] -> [*, K]."""
+    return last(z)

@@ -30,20 +30,23 @@ class Center(nn.Module):
     def forward(self, logits: Tensor, temp: float, weight: Tensor | None = None) -> Tensor:
         """Logits [*, K] -> targets [*, K] in float32 or better; weight [*] of rows in the centre, None = 1."""
         logits = upcast(logits)
-        if self.training:
-            self.add(logits, weight)
-        return ((logits - self.center) / temp).softmax(-1)
-
-    @torch.no_grad()
-    def add(self, logits: Tensor, weight: Tensor | None = None) -> None:
-        """Let rows [*, K] count in the next centre without making targets of them."""
-        rows = upcast(logits).flatten(0, -2)
+        rows = logits.flatten(0, -2)
         if weight is None:
-            total, count = rows.sum(0), torch.full((1,), float(len(rows)), dtype=rows.dtype, device=rows.device)
+            self.add(rows.sum(0), rows.new_full((), len(rows)))
         else:
             weight = weight.flatten().to(rows.dtype)
-            total, count = weight @ rows, weight.sum()[None]
-        self.pending += torch.cat([total, count])
+            self.add(weight @ rows, weight.sum())
+        return self.targets(logits, temp)
+
+    def targets(self, logits: Tensor, temp: float) -> Tensor:
+        """The same, but the logits do not count in the centre."""
+        return ((upcast(logits) - self.center) / temp).softmax(-1)
+
+    @torch.no_grad()
+    def add(self, total: Tensor, count: Tensor) -> None:
+        """Let `count` rows that sum to `total` [K] count in the next centre (in training only)."""
+        if self.training:
+            self.pending += torch.cat([upcast(total), count.reshape(1)])
 
     @torch.no_grad()
     def apply_(self, momentum: float) -> None:

@@ -50,6 +50,35 @@ def block_mask(key: Tensor, grid: tuple[int, int], counts: Tensor, purpose: str 
     return ranks < counts.reshape(b, 1)
 
 
+def stratified_counts(
+    step_key: int, rows: Tensor, total: int, cells: int, share: float, ratio: tuple[float, float]
+) -> Tensor:
+    """How many cells each view hides: rows int64 [*] of `total` rows of the global batch -> int64 [*].
+
+    Exactly the `share` of all rows is masked, with ratios evenly spread over `ratio` (the upper ends of equal bins, as
+    DINOv3 does), dealt out by a permutation keyed by the step. Each process computes the whole deal and takes its rows.
+    """
+    masked = round(share * total)
+    ends = ratio[0] + (ratio[1] - ratio[0]) * torch.arange(1, masked + 1, device=rows.device) / max(1, masked)
+    counts = torch.cat([(cells * ends + 1e-4).long(), ends.new_zeros(total - masked, dtype=torch.int64)])
+    key = torch.full((1,), step_key, dtype=torch.int64, device=rows.device)
+    deal = uniform(key, "mask_ratio", total)[0].argsort(stable=True)
+    return counts[deal][rows]
+
+
+def independent_counts(key: Tensor, views: int, cells: int, share: float, ratio: tuple[float, float]) -> Tensor:
+    """iBOT's own rule: each view is masked with probability `share`, by a ratio uniform in `ratio`: [views, B]."""
+    u = uniform(key, "mask_ratio", 2 * views).T
+    counts = (cells * (ratio[0] + (ratio[1] - ratio[0]) * u[views:])).long()
+    return torch.where(u[:views] < share, counts, 0)
+
+
+def random_mask(key: Tensor, cells: int, counts: Tensor, purpose: str = "random_mask") -> Tensor:
+    """Single cells at random, exactly counts[b] of them: bool [B, C], True = hidden."""
+    ranks = uniform(key, purpose, cells).argsort(dim=1, stable=True).argsort(dim=1)
+    return ranks < counts.reshape(len(key), 1)
+
+
 def slots(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Hidden ids padded to a constant number: mask bool [B, C] -> ids int64 [B, size], weight float [B, size].
 

@@ -1,0 +1,239 @@
+"""iBOT: image and masked-patch self-distillation (Zhou et al., ICLR 2022, arXiv 2111.07832), with DINOv2's switches.
+
+    loss = DINO's loss on the pooled features + mean over hidden patches of  H(teacher's patch, student's patch)
+
+The student sees global views with cells replaced by a mask token and predicts the teacher's distribution for what is
+hidden; the teacher sees everything. DINOv2 (Oquab et al., 2023): centering=sinkhorn, koleo=0.1, patch_head=separate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.tokens import Backbone, BackboneError, Needs, Replace, Tokens, pick
+from ..config import ConfigError, duration
+from ..data.rng import fold, step_key
+from ..nn.heads import PrototypeHead
+from ..nn.losses import cross_entropy, cross_view, koleo, other_views
+from ..nn.targets import Center, sinkhorn
+from ..views.masks import block_mask, independent_counts, random_mask, slots, stratified_counts
+from ..views.spec import Batch, Views
+from . import distill
+from .distill import Distillation, Pace
+from .objective import Logs
+
+MIN_CELLS = 16  # fewer leave nothing to predict from
+
+
+class Masking:
+    """Which cells of the global views are hidden: counts dealt over the global batch, shapes from each sample's key."""
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        ratio: tuple[float, float] = (0.1, 0.5),
+        share: float = 0.5,
+        rule: str = "stratified",
+        shape: str = "block",
+        start: int = 0,
+    ):
+        self.grid, self.batch_size, self.seed, self.start = grid, batch_size, seed, start
+        self.ratio, self.share, self.rule, self.shape = tuple(ratio), share, rule, shape
+        self.cells = math.prod(grid)
+        self.most = max(1, int(self.cells * self.ratio[1] + 1e-4))  # slots per view
+
+    def __call__(self, key: Tensor, position: Tensor, step: int, views: int = 2) -> Tensor:
+        """Keys and global positions, int64 [B] -> bool [views, B, C], True = hidden."""
+        if self.rule == "stratified":
+            row = position % self.batch_size
+            rows = torch.stack([row + v * self.batch_size for v in range(views)])
+            deal = step_key(self.seed, step), rows, views * self.batch_size
+            counts = stratified_counts(*deal, self.cells, self.share, self.ratio)
+        else:
+            counts = independent_counts(key, views, self.cells, self.share, self.ratio)
+        counts = counts * (step >= self.start)
+        keys = [fold(key, f"mask/{v}") for v in range(views)]
+        if self.shape == "random":
+            return torch.stack([random_mask(k, self.cells, c) for k, c in zip(keys, counts)])
+        return torch.stack([block_mask(k, self.grid, c) for k, c in zip(keys, counts)])
+
+
+class IBOT(Distillation):
+    """student / teacher: {"backbone", "head"} and "patch_head" where patches have their own."""
+
+    needs = Needs(hide=Replace, stride=16)
+
+    def __init__(
+        self,
+        student: nn.ModuleDict,
+        views: Views,
+        pace: Pace,
+        masking: Masking,
+        *,
+        centering: str = "center",
+        center_momentum: float = 0.9,
+        patch_center: str = "all",
+        center_mean: str = "exact",
+        student_temp: float = 0.1,
+        pooled_loss: float = 1.0,
+        patch_loss: float = 1.0,
+        koleo: float = 0.0,
+        scope: str = "global",
+    ):
+        super().__init__(student, views, pace, center_momentum=center_momentum)
+        self.masking, self.centering, self.patch_center, self.scope = masking, centering, patch_center, scope
+        self.student_temp, self.weights, self.koleo = student_temp, (pooled_loss, patch_loss), koleo
+        self.center = Center(student["head"].num_prototypes)
+        prototypes = self.patch_head(student).num_patch_prototypes
+        self.center2 = Center(prototypes, official_mean=center_mean == "official")
+
+    @classmethod
+    def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> IBOT:
+        o = cfg.objective
+        if cfg.batch_size < 2 and (o.koleo or o.centering == "sinkhorn"):
+            what = "objective.koleo" if o.koleo else "objective.centering=sinkhorn"
+            raise ConfigError(f"{what} compares the images of a batch and batch_size is 1: use 2 or more")
+        backbone = distill.multicrop_backbone(cfg, cls.needs)
+        student = nn.ModuleDict({"backbone": backbone} | patch_heads(cfg, backbone.embed_dim))
+        masking = masking_of(cfg, backbone, duration(o.mask_start).steps(total_steps, steps_per_epoch))
+        return cls(
+            student, distill.multicrop(cfg), Pace.of(cfg, total_steps, steps_per_epoch), masking, **settings(cfg)
+        )
+
+    @staticmethod
+    def patch_head(net: nn.ModuleDict) -> PrototypeHead:
+        return net["patch_head"] if "patch_head" in net else net["head"]
+
+    def centers(self) -> list[nn.Module]:
+        return [self.center, self.center2] if self.centering == "center" else []
+
+    def draw(self, batch: Batch, step: int) -> Batch:
+        batch = super().draw(batch, step)
+        rows = torch.arange(len(batch["key"]), device=batch["key"].device)
+        return batch | {"mask": self.masking(batch["key"], batch.get("position", rows), step)}
+
+    def pool(self, net: nn.ModuleDict, tokens: Tokens, focus: Tensor | None) -> Tensor:
+        """The feature of the image level, [R, D]."""
+        return tokens.pooled
+
+    def pooled_targets(self, pooled: Tensor, rows: int, step: int, valid: Tensor | None) -> Tensor:
+        """Teacher's pooled features [2 B, D] -> distributions [2, B, K]; rows that are not valid do not count."""
+        logits = self.teacher["head"](pooled)
+        weight = None if valid is None else valid.flatten()
+        if self.centering == "center":
+            return self.center(logits, self.pace.temp(step), weight).unflatten(0, (2, rows))
+        distill.need_rows(rows, self.scope, "objective.centering=sinkhorn")
+        return sinkhorn(logits, self.pace.temp(step), weight, scope=self.scope).unflatten(0, (2, rows))
+
+    def patch_targets(self, patches: Tensor, ids: Tensor, weight: Tensor, step: int) -> Tensor:
+        """Teacher's patches [2 B, N, D] -> distributions of the hidden ones [2 B, M, K]."""
+        head, temp = self.patch_head(self.teacher), self.pace.temp(step)
+        if self.centering == "sinkhorn":
+            logits = head(pick(patches, ids), patch=True)
+            target = sinkhorn(logits.flatten(0, 1), temp, weight.flatten(), scope=self.scope)
+            return target.unflatten(0, logits.shape[:2])
+        if self.patch_center == "masked":
+            return self.center2(head(pick(patches, ids), patch=True), temp, weight)
+        # The last layer is linear: the sum of all patches' logits is the logits of the sum of their vectors.
+        z = head.embed(patches)
+        total = head.score(z.flatten(0, 1).to(self.center2.center.dtype).sum(0, keepdim=True), patch=True)[0]
+        self.center2.add(total, torch.full_like(total[0], z.shape[0] * z.shape[1]))
+        return self.center2.targets(head.score(pick(z, ids), patch=True), temp)
+
+    def pooled_loss(self, pairs: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropies of all pairs of views, [2, 2 + V, B] -> scalar."""
+        return other_views(pairs).mean()
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
+        images, drop, focus = batch["images"], batch["drop"], batch.get("focus")
+        views, (_, rows) = images["global"], images["global"].shape[:2]
+        ids, weight = self.hidden(batch["mask"].flatten(0, 1), views.shape[-1])
+        with torch.no_grad():
+            t = self.encode(self.teacher, views, focus=focus)
+            target = self.pooled_targets(self.pool(self.teacher, t, focus), rows, step, batch.get("valid"))
+            target_patch = self.patch_targets(t.patches, ids, weight, step)
+        hide = Replace(batch["mask"].flatten(0, 1))
+        s = self.encode(self.student, views, hide, focus=focus, drop_path=drop["global"])
+        pooled = [self.pool(self.student, s, focus)]
+        if "local" in images:
+            tokens = self.encode(self.student, images["local"], drop_path=drop["local"])
+            pooled.append(self.pool(self.student, tokens, None))
+        pooled = torch.cat(pooled)
+        logits = self.student["head"](pooled).unflatten(0, (-1, rows))
+        pooled_loss = self.pooled_loss(cross_view(target, logits, self.student_temp), batch)
+        logits = self.patch_head(self.student)(pick(s.patches, ids), patch=True)
+        each = cross_entropy(target_patch, logits, self.student_temp)  # [2 B, M]
+        # Views without a hidden cell count as zero: that is part of the published balance of the two losses.
+        patch_loss = ((each * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()
+        loss = self.weights[0] * pooled_loss + self.weights[1] * patch_loss
+        logs = {"pooled": pooled_loss.detach(), "patch": patch_loss.detach()} | distill.health(target, pooled_loss)
+        if self.koleo:
+            distill.need_rows(rows, self.scope, "objective.koleo")
+            spread = sum(koleo(view, self.scope) for view in pooled[: 2 * rows].split(rows))
+            loss, logs = loss + self.koleo * spread, logs | {"koleo": spread.detach()}
+        return loss, {"loss": loss.detach()} | logs
+
+    def hidden(self, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Hidden tokens, padded: bool [R, C] -> ids int64 [R, M], weight float [R, M] (0 = padding)."""
+        ids, weight = slots(mask, self.masking.most)
+        tokens = self.student["backbone"].to_tokens(ids, size)
+        return tokens, weight.repeat_interleave(tokens.shape[1] // ids.shape[1], 1).to(self.center.center.dtype)
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        rows = distill.view_pictures(self, batch)
+        shown = rows["global 1"]
+        grid = self.masking.grid
+        mask = batch["mask"][0].unflatten(1, grid)[:, None].to(shown.dtype)
+        mask = nn.functional.interpolate(mask, size=shown.shape[-2:])
+        return {"global 1": shown, "hidden": shown * (1 - mask)} | rows
+
+
+# --- building -----------------------------------------------------------------------------------------------------
+
+
+def patch_heads(cfg: Any, dim: int) -> dict[str, nn.Module]:
+    """One head for both levels, one with prototypes of their own for patches (iBOT), or two heads (DINOv2)."""
+    o, patch = cfg.objective, cfg.objective.num_patch_prototypes or cfg.objective.num_prototypes
+    if o.patch_head == "shared":
+        if o.num_patch_prototypes not in (None, o.num_prototypes):
+            raise ConfigError(
+                f"objective.num_patch_prototypes={o.num_patch_prototypes} is not used by a shared head: leave it out, "
+                "or use objective.patch_head=prototypes or separate"
+            )
+        return {"head": distill.prototype_head(cfg, dim)}
+    if o.patch_head == "prototypes":
+        return {"head": distill.prototype_head(cfg, dim, patch_prototypes=patch)}
+    heads = {"head": distill.prototype_head(cfg, dim)}
+    return heads | {"patch_head": distill.prototype_head(cfg, dim, num_prototypes=patch)}
+
+
+def masking_of(cfg: Any, backbone: Backbone, start: int) -> Masking:
+    """The masking that the config describes; BackboneError if the view has too few cells."""
+    o, size = cfg.objective, cfg.views["global"].size
+    grid = backbone.cells(size)
+    if math.prod(grid) < MIN_CELLS:
+        side = math.isqrt(MIN_CELLS - 1) + 1
+        raise BackboneError(
+            f"views.global.size={size} gives {math.prod(grid)} maskable cells of {backbone.cell} px, and masked "
+            f"objectives need {MIN_CELLS}; use image_size={side * backbone.cell} or a smaller backbone.patch_size"
+        )
+    return Masking(
+        grid, cfg.batch_size, seed=cfg.seed, ratio=o.mask_ratio, share=o.mask_share, rule=o.masking,
+        shape=o.mask_shape, start=start,
+    )  # fmt: skip
+
+
+def settings(cfg: Any) -> dict[str, Any]:
+    """Keyword arguments of the objective that stand in the config under the same names."""
+    names = (
+        "centering", "center_momentum", "patch_center", "center_mean", "student_temp", "pooled_loss", "patch_loss",
+        "koleo", "scope",
+    )  # fmt: skip
+    return {name: cfg.objective[name] for name in names}
