@@ -312,6 +312,7 @@ class Data:
     root_val: str | None = None
     mode: str = one_of("exact", "exact", "stream")
     labels: str = one_of("auto", "auto", "none")
+    objects: Any = _field(None, "a pattern of side-car tars such as /d/objects/train-{000000..000099}.tar", _patterns)
     index_dir: str | None = None
     mean: Any = _field([0.485, 0.456, 0.406], "auto or one number per channel, [0.5, 0.5, 0.5]", _auto_or_floats)
     std: Any = _field([0.229, 0.224, 0.225], "auto or one number per channel, [0.25, 0.25, 0.25]", _auto_or_floats)
