@@ -27,10 +27,10 @@ def test_stop_continue_and_export(name, tmp_path, monkeypatch):
     whole = runs.run_here(tmp_path / "whole", *words)
     evaluate = Judge.evaluate
 
-    def signalled(self, step):
+    def signalled(self, step, *what):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, step)
+        return evaluate(self, step, *what)
 
     with monkeypatch.context() as patch:
         patch.setattr(Judge, "evaluate", signalled)

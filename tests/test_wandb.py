@@ -46,10 +46,10 @@ def test_a_stopped_run_is_closed_with_its_exit_status(tmp_path, said, monkeypatc
 
     evaluate = Judge.evaluate
 
-    def signalled(self, step):
+    def signalled(self, step, *what):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, step)
+        return evaluate(self, step, *what)
 
     monkeypatch.setitem(sys.modules, "wandb", Quiet)
     monkeypatch.setattr(Judge, "evaluate", signalled)

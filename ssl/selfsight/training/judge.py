@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from ..backbones.tokens import Backbone
-from ..data.source import Source
+from ..data.source import DataError, Source
 from ..nn.global_batchnorm import reestimate
 from ..objectives.objective import Objective
 from ..views.photo import prepare
@@ -27,7 +27,8 @@ BATCHNORM_IMAGES = 1024
 class Judge:
     """Everything on rank 0 that looks at the backbone without changing the training state.
 
-    batch_at: the micro-batch at a range of fixed positions of the training data, None for a stream.
+    measure: whether it will be asked for numbers: a bank and queries are decoded beforehand. batch_at: the micro-batch
+    at a range of fixed positions of the training data, None for a stream.
     """
 
     def __init__(
@@ -40,12 +41,16 @@ class Judge:
         val: Source | None,
         batch_at: Callable[[range], Batch] | None,
         folder: Path,
-        total_steps: int,
+        measure: bool,
     ):
         self.cfg, self.module, self.device, self.batch_at, self.folder = cfg, module, device, batch_at, folder
-        self.total_steps = total_steps
-        train = train or val
-        self.online = Online(cfg, train, val) if train is not None else None
+        self.online, self.describe = None, "no (a stream needs data.val for it)"
+        if measure and (train or val) is not None:
+            try:
+                self.online = Online(cfg, train or val, val)
+                self.describe = self.online.describe
+            except DataError as error:  # training does not depend on it
+                self.describe = f"no ({error})"
 
     def backbone(self) -> Backbone:
         """The backbone to judge and export; see `clean`. For a stream, statistics come from the last batch."""
@@ -59,28 +64,26 @@ class Judge:
 
     @torch.compiler.set_stance("force_eager")  # other batch sizes would each compile another graph
     @torch.no_grad()
-    def evaluate(self, step: int) -> dict[str, float]:
-        """{"knn" (with labels), "rankme", "feature_std"} of the backbone as it is now; pictures beside them."""
+    def evaluate(self, step: int, measure: bool = True, draw: bool = True) -> dict[str, float]:
+        """{"knn" (with labels), "rankme", "feature_std"} of the backbone as it is now, and its pictures."""
         training = self.module.training
         self.module.eval()
         try:
-            if self.online is None or (self.batch_at is None and not self.module.recent):
+            if self.batch_at is None and not self.module.recent:
                 return {}
-            backbone = self.backbone()
-            mean, std = self.module.mean.tolist(), self.module.std.tolist()
-            numbers = self.online.evaluate(backbone, mean, std, self.device)
-            if step == 0 and "knn" in numbers:
-                numbers["knn_raw_pixels"] = self.online.raw_pixels()
-            self.draw(backbone, step)
+            backbone, numbers = self.backbone(), {}
+            if measure and self.online is not None:
+                mean, std = self.module.mean.tolist(), self.module.std.tolist()
+                numbers = self.online.evaluate(backbone, mean, std, self.device)
+                if step == 0 and "knn" in numbers:
+                    numbers["knn_raw_pixels"] = self.online.raw_pixels()
+            if draw and self.batch_at is not None:
+                self._draw(backbone, step)
         finally:
             self.module.train(training)
         return numbers
 
-    def draw(self, backbone: Backbone, step: int) -> list[Path]:
-        """Write the pictures of this step, if it has any."""
-        every = self.cfg.pictures.every_n_steps
-        if self.batch_at is None or every == 0 or (every and step % every and step != self.total_steps):
-            return []
+    def _draw(self, backbone: Backbone, step: int) -> list[Path]:
         batch = self._prepared(range(min(PICTURE_SAMPLES, self.cfg.batch_size)))
         objective, mean, std = self.module.objective, self.module.mean.tolist(), self.module.std.tolist()
         batch = objective.draw(batch, step)

@@ -42,7 +42,8 @@ class Plan:
     micro_batches: int
     num_samples: int | None  # None: a stream
     log_every: int
-    knn_every: int | None  # 0 = only at the end, None = never
+    knn_every: int | None  # None = never, else also at the end
+    pictures_every: int | None  # likewise
     save_every: int | None
     save_minutes: float | None
     keep_last: int
@@ -55,9 +56,12 @@ class Plan:
 
 
 class AfterStep(pl.Callback):
-    """Runs on every process; only rank 0 writes. `evaluate(step)` returns numbers for the log (rank 0)."""
+    """Runs on every process; only rank 0 writes.
 
-    def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int], dict[str, float]]):
+    `evaluate(step, measure, draw)` returns numbers for the log if it is to measure, and draws pictures (rank 0).
+    """
+
+    def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int, bool, bool], dict[str, float]]):
         self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, None
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
         self.sums: dict[str, Tensor] = {}
@@ -108,9 +112,9 @@ class AfterStep(pl.Callback):
         self.bar.step()
         last = step == plan.total_steps
         agreed = self.agreement.later(*self._mine(module))
-        evaluated = plan.knn_every is not None and (last or (plan.knn_every > 0 and step % plan.knn_every == 0))
+        measure, draw = (n is not None and (last or step % n == 0) for n in (plan.knn_every, plan.pictures_every))
         saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop
-        if evaluated or saving or last:  # nothing irreversible before everybody has been heard
+        if measure or draw or saving:  # nothing irreversible before everybody has been heard
             agreed = self.agreement.now(*self._mine(module, wait=True))
         self.all_bad = agreed.bad
         if agreed.nonfinite:
@@ -126,10 +130,10 @@ class AfterStep(pl.Callback):
             )
             return
         numbers: dict[str, float] = {}
-        if evaluated:
+        if (measure or draw) and self.rank == 0:
             with _Pause(self.speed):
-                numbers = self.evaluate(step) if self.rank == 0 else {}
-        if evaluated or step % plan.log_every == 0 or last:
+                numbers = self.evaluate(step, measure, draw)
+        if measure or step % plan.log_every == 0 or last:
             self._log(trainer, module, numbers)
         if saving or self._is_best(numbers):
             with _Pause(self.speed):

@@ -67,19 +67,20 @@ class Online:
             raise DataError(
                 f"none of {len(self.bank.bad)} images of {bank[0].describe} can be used: {self.bank.bad[0][1]}"
             )
-        left_out = 0
+        left_out, whole = 0, self.bank
         if self.queries is not None:
             self.bank, dropped = _with_labels(self.bank)
             self.queries, more = _with_labels(self.queries)
             left_out = dropped + more
             self.k = min(self.k, len(self.bank.ids))
         if not len(self.bank.ids) or (self.queries is not None and not len(self.queries.ids)):
-            self.labelled, self.queries = False, None
+            self.bank, self.labelled, self.queries = whole, False, None  # rank and deviation need no labels
         self.describe = self._describe(where, left_out)
 
     def _describe(self, where: str, left_out: int) -> str:
         if self.queries is None:
-            return f"rank and deviation of {len(self.bank.ids)} images (no labels, no k-NN)"
+            why = f"no k-NN: {left_out} have no label or cannot be read" if left_out else "no labels, no k-NN"
+            return f"rank and deviation of {len(self.bank.ids)} images ({why})"
         skipped = f", {left_out} left out (no label or unreadable)" if left_out else ""
         return (f"{self.k}-NN: cosine, centred, T = {self.temperature}; bank of {len(self.bank.ids)}, "
                 f"{len(self.queries.ids)} queries from {where}{skipped}")  # fmt: skip

@@ -195,7 +195,7 @@ class Run:
         )  # fmt: skip
         plan = self._plan()
         plan.seconds_before = meta.get("seconds", 0.0)
-        after = AfterStep(plan, self.flag, lambda step: self._evaluate(step))
+        after = AfterStep(plan, self.flag, self._evaluate)
         trainer = make_trainer(cfg, [after])
         world, device = trainer.world_size, trainer.strategy.root_device
         plan.micro_batches = micro_batches(cfg.batch_size, world, cfg.trainer.max_batch_per_device)
@@ -222,9 +222,11 @@ class Run:
 
     def _plan(self) -> Plan:
         cfg, c = self.cfg, self.cfg.checkpoint
-        knn_every = cfg.knn.every_n_steps
+        knn_every, pictures_every = cfg.knn.every_n_steps, cfg.pictures.every_n_steps
         if knn_every is None and self.total_steps >= SMOKE:
             knn_every = math.ceil(self.total_steps / EVALUATIONS)
+        knn_every = knn_every or None
+        pictures_every = knn_every if pictures_every is None else pictures_every or None
         log_every = cfg.log_every_n_steps or min(100, math.ceil(self.total_steps / LINES))
         per_epoch = self.num_samples or self.total_steps * cfg.batch_size
         meta = {
@@ -232,7 +234,7 @@ class Run:
         }  # fmt: skip
         return Plan(
             self.dir, self.total_steps, cfg.batch_size, 1, self.num_samples, log_every, knn_every,
-            c.every_n_steps, c.every_n_minutes, c.keep_last, c.keep_best,
+            pictures_every, c.every_n_steps, c.every_n_minutes, c.keep_last, c.keep_best,
             max(FEW_BAD, int(cfg.data.max_bad_fraction * per_epoch)), meta,
         )  # fmt: skip
 
@@ -279,10 +281,12 @@ class Run:
             plan.peak_flops = peak * world if peak else None
         self.judge = Judge(
             cfg, self.module, device, train=None if self.streaming else self.source, val=self.val,
-            batch_at=self.samples.__getitem__ if self.samples else None, folder=self.dir, total_steps=self.total_steps,
+            batch_at=self.samples.__getitem__ if self.samples else None, folder=self.dir, measure=bool(plan.knn_every),
         )  # fmt: skip
-        if self.start == 0 and plan.knn_every is not None:
-            self._untrained()
+        if plan.knn_every:
+            print(f"  judged      every {plan.knn_every:,} steps: {self.judge.describe}", flush=True)
+        if self.start == 0:
+            self._untrained(bool(plan.knn_every), bool(plan.pictures_every))
 
     def _sink(self) -> Any:
         if self.cfg.logger.name != "wandb":
@@ -291,9 +295,11 @@ class Run:
 
         return WandB(self.cfg, self.dir)
 
-    def _untrained(self) -> None:
-        """Numbers and pictures of the untrained backbone, as row 0 of metrics.csv."""
-        numbers = self._evaluate(0)
+    def _untrained(self, measure: bool, draw: bool) -> None:
+        """Numbers and pictures of the untrained backbone; numbers are row 0 of metrics.csv."""
+        numbers = self._evaluate(0, measure, draw) if measure or draw else {}
+        if not measure:
+            return
         row = {"step": 0, "images": 0, "epoch": 0.0, "lr": self.module.lr(0), **numbers}
         Metrics(self.dir / "metrics.csv", -1).add(row)
         if self.sink is not None:
@@ -301,9 +307,9 @@ class Run:
         if "knn" in numbers:
             print(f"untrained: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        numbers = self.judge.evaluate(step)
-        if self.sink is not None:
+    def _evaluate(self, step: int, measure: bool, draw: bool) -> dict[str, float]:
+        numbers = self.judge.evaluate(step, measure, draw)
+        if draw and self.sink is not None:
             self.sink.pictures(sorted((self.dir / "pictures").glob(f"*-{step:07d}.png")), step)
         return numbers
 

@@ -1,0 +1,42 @@
+"""When a run is judged and when it draws: k-NN and pictures each at their own steps, off when told so."""
+
+import pytest
+
+import runs
+from selfsight.training import judge
+from selfsight.training.log import read_metrics
+
+DRAW = ("pictures.every_n_steps",)  # off in runs.TINY
+
+
+def judged(folder):
+    return [int(row["step"]) for row in read_metrics(folder / "metrics.csv") if "rankme" in row]
+
+
+def drawn(folder):
+    return sorted(int(path.stem.split("-")[1]) for path in (folder / "pictures").glob("pca-*.png"))
+
+
+def test_zero_is_off_and_pictures_keep_their_own_steps(tmp_path, monkeypatch, capsys):
+    def never(*_):
+        pytest.fail("a bank was decoded")
+
+    monkeypatch.setattr(judge, "Online", never)
+    words = ("max_steps=3", "knn.every_n_steps=0", "pictures.every_n_steps=2")
+    summary = runs.run_here(tmp_path / "r", *words, without=DRAW)
+    assert judged(tmp_path / "r") == [] and drawn(tmp_path / "r") == [0, 2, 3]
+    assert summary["knn"] is None
+    assert "judged" not in capsys.readouterr().out
+
+
+def test_by_default_a_run_is_judged_five_times_and_draws_whenever_it_is(tmp_path, capsys):
+    runs.run_here(tmp_path / "r", "max_steps=10", without=DRAW)
+    assert judged(tmp_path / "r") == drawn(tmp_path / "r") == [0, 2, 4, 6, 8, 10]
+    assert "judged      every 2 steps: 20-NN: cosine, centred" in capsys.readouterr().out
+
+
+def test_a_try_out_is_judged_only_when_asked(tmp_path):
+    runs.run_here(tmp_path / "r", "max_steps=9", without=DRAW)
+    assert judged(tmp_path / "r") == drawn(tmp_path / "r") == []
+    runs.run_here(tmp_path / "asked", "max_steps=3", "knn.every_n_steps=2", "pictures.every_n_steps=0", without=DRAW)
+    assert judged(tmp_path / "asked") == [0, 2, 3] and drawn(tmp_path / "asked") == []
