@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": "selfsight.probes.run:probe",
     "export": "selfsight.interop.export:export",
     "prepare": "selfsight.data.prepare:prepare",
+    "proposals": "selfsight.proposals:proposals",
     "index": "selfsight.data.manifest:index",
     "bench": "selfsight.bench:bench",
     "show": "selfsight.show:show",
@@ -24,14 +25,15 @@ COMMANDS = {
 OVERVIEW = """\
 usage: selfsight <command> [key=value …]        selfsight <command> --help
 
-  train     pretrain a backbone on images                    selfsight train objective=mae backbone=vit_s
-  probe     k-NN or linear accuracy of a frozen backbone     selfsight probe checkpoint=runs/my-run
-  export    a folder that timm opens                         selfsight export checkpoint=runs/my-run out=my-model
-  prepare   images to well-formed shards                     selfsight prepare folder source=/d/images out=/d/shards
-  index     index shards ahead of time                       selfsight index data.train='/d/train-{000..099}.tar'
-  bench     speed of model, data, and both                   selfsight bench backbone=vit_s
-  show      summaries of run folders                         selfsight show runs/*
-  doctor    what works on this machine                       selfsight doctor
+  train      pretrain a backbone on images                    selfsight train objective=mae backbone=vit_s
+  probe      k-NN or linear accuracy of a frozen backbone     selfsight probe checkpoint=runs/my-run
+  export     a folder that timm opens                         selfsight export checkpoint=runs/my-run out=my-model
+  prepare    images to well-formed shards                     selfsight prepare folder source=/d/images out=/d/shards
+  proposals  object masks from a backbone's own features      selfsight proposals checkpoint=runs/my-run out=/d/objects
+  index      index shards ahead of time                       selfsight index data.train='/d/train-{000..099}.tar'
+  bench      speed of model, data, and both                   selfsight bench backbone=vit_s
+  show       summaries of run folders                         selfsight show runs/*
+  doctor     what works on this machine                       selfsight doctor
 
   --help  --version  --cfg job (print the whole config and stop)
 """
@@ -115,6 +117,20 @@ input        kind= folder | list | shards | scenes (or the bare word)      sourc
 output       out=   samples_per_shard=10000   val_fraction=0   seed=   workers=
 images       size= (shorter side; null keeps the bytes)   quality=90 (JPEG)
 scenes       count=5000   image_size=64
+""",
+    "proposals": """\
+Object masks from the features of a ViT, as side-cars of the data: <key>.objects.png under the same names.
+
+  {call} checkpoint=runs/my-run
+  {call} checkpoint=vit_small_patch16_224.dino center=false image_size=480 out=/d/objects
+
+what         checkpoint=  run folder, export folder, or the name of a timm model
+             step= last | best | <number>   which checkpoint of a run folder          which= student | teacher
+data         data=        {data}   (left out: what the run was trained on; keys as for probe)
+             split= train | val      image_size=  batch_size=  num_workers=  device=
+how          objects=3 (at most)   tau=0.15   features= keys | tokens   center=true   min_area=0.01
+result       out=         folder of the side-cars (left out: objects/ beside the shards)      map_size=256
+             the same command continues; report.json and overlays.png say what came of it
 """,
     "index": """\
 Build the index side-cars of shards ahead of time.

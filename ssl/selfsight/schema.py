@@ -498,6 +498,7 @@ class Prepare:
 class Proposals:
     data: Any = None
     checkpoint: str | None = None
+    step: Any = kept_step()
     which: str | None = one_of(None, "student", "teacher")
     image_size: int | None = integer(None, 8)
     features: str = one_of("keys", "keys", "tokens")
