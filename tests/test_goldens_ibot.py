@@ -310,7 +310,7 @@ def test_dinov2_whole_step(case):
     loss, logs = objective.loss(batch, 0)
     loss.backward()
     assert_close(loss, t["output.total_loss"], "total", **NEAR)
-    parts = {k: v for k, v in part(t, "output.loss_dict.").items()}
+    parts = part(t, "output.loss_dict.")
     both = parts["dino_global_crops_loss"] + parts["dino_local_crops_loss"]
     assert_close(logs["pooled"], both, "class loss", **NEAR)
     assert_close(logs["koleo"] * config["koleo_loss_weight"], 2 * parts["koleo_loss"], "koleo", **NEAR)

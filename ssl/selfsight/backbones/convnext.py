@@ -199,6 +199,9 @@ class ConvNeXt(Backbone):
         allow_graphs_per_stage()
         super().compile_blocks(**kwargs)
 
+    def final_norm(self) -> nn.Module | None:
+        return self.fuse.norm if self.fuse is not None else getattr(self.timm.head, "norm", None)
+
     def freeze_pooled(self) -> None:
         self.timm.head.norm.requires_grad_(False)
 

@@ -126,5 +126,8 @@ class Generic(Backbone):
         prefix = final[:, : self.prefix] if self.prefix else pooled[:, None]
         return Tokens(pooled, patches, prefix, tuple(maps[i % self.depth] for i in layers))
 
+    def final_norm(self) -> nn.Module | None:
+        return self.fuse.norm if self.fuse is not None else None
+
     def check(self) -> None:
         """Nothing to compare: this family runs timm's own forward."""

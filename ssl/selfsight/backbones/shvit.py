@@ -154,6 +154,9 @@ class SHViT(Backbone):
             patches = pick(patches, self.to_tokens(hide.ids, size))
         return Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers))
 
+    def final_norm(self) -> nn.Module | None:
+        return self.fuse.norm if self.fuse is not None else None
+
     def compile_blocks(self, **kwargs) -> None:
         allow_graphs_per_stage()
         super().compile_blocks(**kwargs)

@@ -74,6 +74,7 @@ class Backbone(nn.Module):
     stride: int  # pixels per patch token (<= cell)
     mask_token: nn.Parameter | None
     drop_path_rate: float
+    num_heads: int | None = None  # of attention layers, where there are any
     can_attend: bool = False  # `attention=True` gives the pooled token's row, also where the objective did not ask
     block_fn: Callable  # the walker of one block; `compile_blocks` swaps it for a compiled one
 
@@ -116,6 +117,10 @@ class Backbone(nn.Module):
         norm: apply the final norm to `patches` and `prefix`. attention: also return the pooled token's last row.
         """
         raise NotImplementedError
+
+    def final_norm(self) -> nn.Module | None:
+        """The norm that `norm=False` leaves out of `patches`; None where there is none."""
+        return None
 
     def freeze_pooled(self) -> None:
         """Freeze what only the pooled token passes through (DDP refuses parameters that get no gradient)."""

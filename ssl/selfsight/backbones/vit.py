@@ -105,7 +105,7 @@ class ViT(Backbone):
         self.embed_dim, self.depth = self.timm.embed_dim, len(self.timm.blocks)
         self.cell = self.stride = self.timm.patch_embed.patch_size[0]
         self.prefix = self.timm.num_prefix_tokens
-        self.can_attend = self.prefix > 0
+        self.can_attend, self.num_heads = self.prefix > 0, self.timm.blocks[0].attn.num_heads
         self.drop_path_rate, self.pos_resize, self.block_fn = drop_path, pos_resize, run_block
         self._check_sizes(image_sizes, needs)
         if needs.init == "mae":
@@ -151,6 +151,9 @@ class ViT(Backbone):
         if self.pos_resize == "official":
             return resample_as_dino(table, grid, trained, prefix)
         return resample_abs_pos_embed(table, new_size=list(grid), old_size=list(trained), num_prefix_tokens=prefix)
+
+    def final_norm(self) -> nn.Module:
+        return self.timm.norm
 
     def embed(self, images: Tensor, hide: Drop | Replace | None) -> Tensor:
         """Prefix and patch tokens with positions, [B, prefix + K or N, D]; dropped patches are never projected."""

@@ -1,7 +1,8 @@
 """Official checkpoint layouts, as key tables: whose keys are these, and what are they called here?
 
 `split(state, layout)` sorts a state dict into "backbone" (timm's names), "decoder" (the names of `nn.decoders` and
-`nn.pixel_conv`), "heads" (the reference's own names, which are ours, too), "mask_token", and "left" (what neither has: classifiers, mask tokens of other methods …, under their own names).
+`nn.pixel_conv`), "heads" (the reference's own names, which are ours, too), "mask_token", and "left" (what neither
+has: classifiers, mask tokens of other methods …, under their own names).
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def detect(keys: Iterable[str]) -> list[str]:
 
 
 def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tensor]]:
-    """Sort and rename a state dict: {"backbone": …, "decoder": …, …}, one entry for each of PARTS. KeyError for an unknown layout.
+    """Sort and rename a state dict: one entry for each of PARTS. KeyError for an unknown layout.
 
     Wrapper prefixes (DDP's, torch.compile's) and MinkowskiEngine's forms are undone first. Linear and 1x1-convolution
     weights may still differ by trailing axes of length 1; `fit` settles that against a module.
@@ -126,6 +127,9 @@ def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tenso
                 break
         else:
             parts["left"][key] = value
+    for name in ("weight", "bias"):  # SelfPatch's head owns the backbone's final norm
+        if (norm := parts["heads"].get(f"ca_head.norm.{name}")) is not None:
+            parts["backbone"][f"norm.{name}"] = norm
     if layout == "dinov2" and "reg_token" in parts["backbone"]:
         _place_registers(parts["backbone"])
     return parts

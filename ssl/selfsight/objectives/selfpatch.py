@@ -1,0 +1,147 @@
+"""SelfPatch: DINO and a loss on patches (Yun et al., CVPR 2022, arXiv 2206.07990).
+
+    loss = DINO's loss on a class-attention token + 0.1 * mean over patches of  H(teacher's neighbourhood, student's patch)
+
+For each patch the teacher picks the most similar ones around it and aggregates them by the class attention that pools
+the image; the student's own patch, of the same view, must predict that. Every view, also the local ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.tokens import Needs
+from ..config import ConfigError
+from ..nn.class_attention import ClassAttention
+from ..nn.losses import cross_entropy, cross_view, other_views
+from ..nn.neighbours import top_neighbours
+from ..nn.targets import Center, sinkhorn
+from ..views.spec import Batch, Views
+from . import distill
+from .distill import Distillation, Pace
+from .objective import Logs
+
+
+class SelfPatch(Distillation):
+    """student / teacher: {"backbone", "ca_head", "c_head", "p_head"}: pooling, image and patch prototypes."""
+
+    needs = Needs(stride=16, class_token=False, pooled=False)
+
+    def __init__(
+        self,
+        student: nn.ModuleDict,
+        views: Views,
+        pace: Pace,
+        *,
+        neighbours: int = 4,
+        border: str = "clip",
+        patch_loss: float = 0.1,
+        patch_crops: str = "all",
+        centering: str = "center",
+        center_momentum: float = 0.9,
+        student_temp: float = 0.1,
+        scope: str = "global",
+    ):
+        super().__init__(student, views, pace, center_momentum=center_momentum)
+        self.neighbours, self.border, self.patch_loss, self.patch_crops = neighbours, border, patch_loss, patch_crops
+        self.centering, self.student_temp, self.scope = centering, student_temp, scope
+        self.center = Center(student["c_head"].num_prototypes)
+        self.patch_center = Center(student["p_head"].num_prototypes)
+
+    @classmethod
+    def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> SelfPatch:
+        o = cfg.objective
+        if o.koleo:
+            raise ConfigError("objective.koleo is not part of selfpatch: leave it out, or use objective=dino or ibot")
+        if o.centering == "sinkhorn" and cfg.batch_size < 2:
+            raise ConfigError("objective.centering=sinkhorn compares the images of a batch and batch_size is 1: use 2")
+        backbone = distill.multicrop_backbone(cfg, cls.needs)
+        student = {
+            "backbone": backbone,
+            "ca_head": ClassAttention.on(backbone),
+            "c_head": distill.prototype_head(cfg, backbone.embed_dim),
+            "p_head": distill.prototype_head(cfg, backbone.embed_dim, num_prototypes=o.num_patch_prototypes),
+        }
+        return cls(
+            nn.ModuleDict(student), distill.multicrop(cfg), Pace.of(cfg, total_steps, steps_per_epoch),
+            neighbours=o.neighbours, border=o.border, patch_loss=o.patch_loss, patch_crops=o.patch_crops,
+            centering=o.centering, center_momentum=o.center_momentum, student_temp=o.student_temp, scope=o.scope,
+        )  # fmt: skip
+
+    def centers(self) -> list[nn.Module]:
+        return [self.center, self.patch_center] if self.centering == "center" else []
+
+    def grid(self, views: Tensor) -> tuple[int, int]:
+        return self.student["backbone"].grid(views.shape[-1])
+
+    def student_view(self, views: Tensor, drop: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Views [n, B, 3, s, s] -> pooled [n B, D] and patches [n B, N, D], which bypass the class attention."""
+        pool: ClassAttention = self.student["ca_head"]
+        tokens = self.encode(self.student, views, norm=False, drop_path=drop).patches
+        return pool.normed(pool.pool(pool.project(tokens))), pool.normed(tokens)
+
+    def teacher_view(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Views -> pooled [n B, D] and, for every patch, what its most similar neighbours add up to [n B, N, D]."""
+        pool: ClassAttention = self.teacher["ca_head"]
+        tokens = self.encode(self.teacher, views, norm=False).patches
+        projected = pool.project(tokens)
+        ids, valid = top_neighbours(tokens, self.grid(views), self.neighbours, border=self.border)
+        patches = pool.aggregate(projected, ids, valid if self.border == "clip" else None)
+        return pool.normed(pool.pool(projected)), pool.normed(patches)
+
+    def targets(self, logits: Tensor, center: Center, step: int) -> Tensor:
+        if self.centering == "center":
+            return center(logits, self.pace.temp(step))
+        rows = logits.flatten(0, -2)
+        return sinkhorn(rows, self.pace.temp(step), scope=self.scope).reshape(logits.shape)
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
+        images, drop, rows = batch["images"], batch["drop"], batch["images"]["global"].shape[1]
+        if self.centering == "sinkhorn":
+            distill.need_rows(rows, self.scope, "objective.centering=sinkhorn")
+        seen = images if self.patch_crops == "all" else {"global": images["global"]}
+        pooled, pooled_targets, patch_losses = [], [], []
+        for kind, views in images.items():
+            mine, patches = self.student_view(views, drop[kind])
+            pooled.append(mine)
+            if kind not in seen:
+                continue
+            with torch.no_grad():
+                theirs, aggregated = self.teacher_view(views)
+                pooled_targets.append(theirs)
+                target = self.targets(self.teacher["p_head"](aggregated), self.patch_center, step)
+            each = cross_entropy(target, self.student["p_head"](patches), self.student_temp)
+            patch_losses.append(each.mean(1))
+        with torch.no_grad():  # all views count in the centre, the global ones are targets
+            logits = self.teacher["c_head"](torch.cat(pooled_targets)).unflatten(0, (-1, rows))
+            target = self.targets(logits, self.center, step)[:2]
+        logits = self.student["c_head"](torch.cat(pooled)).unflatten(0, (-1, rows))
+        image_loss = other_views(cross_view(target, logits, self.student_temp)).mean()
+        patch_loss = torch.cat(patch_losses).mean()  # every view has the same weight, whatever its number of patches
+        loss = image_loss + self.patch_loss * patch_loss
+        logs = {"loss": loss.detach(), "pooled": image_loss.detach(), "patch": patch_loss.detach()}
+        return loss, logs | distill.health(target, image_loss)
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """The first global view, and four of its patches (red) with the neighbours that the teacher matches to them."""
+        views = batch["images"]["global"][:1]
+        tokens = self.encode(self.teacher, views, norm=False).patches
+        rows, columns = self.grid(views)
+        ids, valid = top_neighbours(tokens, (rows, columns), self.neighbours, border=self.border)
+        where = [r * columns + c for r in (rows // 4, 3 * rows // 4) for c in (columns // 4, 3 * columns // 4)]
+        light = torch.full(tokens.shape[:2], 0.25, device=tokens.device)
+        chosen = torch.where(valid[:, where], ids[:, where], ids.new_tensor(where)[:, None]).flatten(1)
+        light = light.scatter(1, chosen, 1.0)
+        query = torch.zeros_like(light).index_fill(1, ids.new_tensor(where), 1.0)
+
+        def enlarge(x: Tensor) -> Tensor:
+            return nn.functional.interpolate(x.unflatten(1, (rows, columns))[:, None], size=views.shape[-2:])
+
+        low, high = views[0].amin((1, 2, 3), keepdim=True), views[0].amax((1, 2, 3), keepdim=True)
+        shown = torch.lerp(low, views[0], enlarge(light))
+        red = torch.cat([high, low, low], 1).expand_as(shown)
+        return {"global 1": views[0], "neighbours": torch.lerp(shown, red, 0.6 * enlarge(query))}
