@@ -9,7 +9,7 @@ import pytest
 
 import runs
 from selfsight.config import ConfigError
-from selfsight.training import checkpoint
+from selfsight.training import checkpoint, loop
 
 STEPS = 45  # 40 samples in batches of 8: the stop falls into the middle of an epoch
 SLOW = ("knn.every_n_steps=1000",)  # at the ends only
@@ -103,3 +103,11 @@ def test_a_deliberate_change_is_recorded(tmp_path):
     runs.run_here(tmp_path / "r", "max_steps=3", "allow_change=true", *SLOW)
     assert "max_steps: 2 -> 3" in (tmp_path / "r" / "changes.jsonl").read_text()
     assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000003"
+
+
+def test_the_step_to_continue_from_is_compared_between_processes(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(loop, "same_start", lambda step, device: steps.append(step))
+    for total in (1, 2):
+        runs.run_here(tmp_path / "r", f"max_steps={total}", "allow_change=true", "knn.every_n_steps=0")
+    assert steps == [0, 1]

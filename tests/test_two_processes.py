@@ -11,10 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import runs
 from selfsight import config
+from selfsight.config import ConfigError
 from selfsight.data import open_source
 from selfsight.data.loader import Positions, Samples
 from selfsight.data.order import Order
 from selfsight.objectives import build_objective
+from selfsight.training.loop import same_start
 from selfsight.views.photo import prepare
 
 CASES = {
@@ -63,10 +65,20 @@ def gradients(words: tuple[str, ...], rank: int, world: int) -> dict[str, torch.
     return {"loss": total / world} | found | buffers
 
 
+def refusal(start: int) -> str:
+    """What processes that would continue from these steps are told; nothing if they may."""
+    try:
+        same_start(start, torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results = {name: gradients(words, rank, world) for name, words in CASES.items()}
+    results["start"] = refusal(4), refusal(4 if rank else 9)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.barrier()
@@ -90,6 +102,12 @@ def test_loss_gradients_and_buffers_are_those_of_one_process(two, name):
     assert one.keys() == two[name].keys()
     for key, expected in one.items():
         torch.testing.assert_close(two[name][key], expected, rtol=1e-7, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_processes_that_see_different_checkpoints_are_told(two):
+    same, different = two["start"]
+    assert same == "" and "process 0 would continue from step 9 and process 1 from step 4" in different
+    assert "on a disk that all of them share" in different
 
 
 @pytest.fixture(scope="module")

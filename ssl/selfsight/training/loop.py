@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import ConfigError
 from . import checkpoint
 from .log import Bar, Metrics, Speed, duration, log_line
 from .module import Module
@@ -76,6 +77,9 @@ class AfterStep(pl.Callback):
         self.copied: tuple[Tensor, torch.cuda.Event] | None = None
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, module: Module, stage: str) -> None:
+        same_start(module.step, trainer.strategy.root_device)  # the first hook after the process group stands
 
     def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
         self.flag.install()  # Lightning may have put its own handlers there
@@ -297,6 +301,21 @@ class AfterStep(pl.Callback):
         self.flag.training = False
         if self.agreement.many:
             dist.barrier()
+
+
+def same_start(step: int, device: torch.device) -> None:
+    """ConfigError on every process when they would continue from different steps."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    steps = [torch.empty((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(steps, torch.tensor(step, device=device))
+    found = [int(s) for s in steps]
+    if len(set(found)) > 1:
+        other = next(rank for rank, s in enumerate(found) if s != found[0])
+        raise ConfigError(
+            f"process 0 would continue from step {found[0]} and process {other} from step {found[other]}: they do not "
+            "see the same checkpoints; put run_dir on a disk that all of them share"
+        )
 
 
 def listed(path: Path) -> set[int]:
