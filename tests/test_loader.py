@@ -141,15 +141,18 @@ def test_fewer_samples_than_a_batch_names_the_numbers(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_unlabelled_images_in_a_folder_train_and_export(tmp_path):
+def test_unlabelled_images_in_a_folder_train_and_export(tmp_path, capsys):
     (tmp_path / "pile" / "deep").mkdir(parents=True)
     for i in range(12):
         Image.open(io.BytesIO(jpeg(i))).save(tmp_path / "pile" / ("deep" if i % 2 else "") / f"{i}.png")
+    for name in ("a.raw", "b.raw", ".c"):
+        (tmp_path / "pile" / name).touch()
     assert not Folder(str(tmp_path / "pile")).labelled
     summary = runs.run_here(
-        tmp_path / "r", "data=folder", f"data.root={tmp_path / 'pile'}", "max_steps=2", "knn.every_n_steps=0",
+        tmp_path / "r", "data=folder", f"data.root={tmp_path / 'pile'}", "max_steps=2", "knn.every_n_steps=2",
         without=("data.num_train", "data.num_val"),
     )  # fmt: skip
+    assert "left out    3 other files are not read, e.g. 2 .raw" in capsys.readouterr().out
     assert summary["knn"] is None
     assert summary["rankme"] > 0
     assert (tmp_path / "r" / "export" / "model.safetensors").exists()

@@ -8,6 +8,7 @@ import tarfile
 import threading
 
 import pytest
+from torch.utils.data import DataLoader
 
 from selfsight.data.source import DataError
 from selfsight.data.stream import Stream
@@ -122,5 +123,12 @@ def test_what_cannot_be_streamed_is_refused(patterns, words):
 
 def test_too_few_files_for_the_readers_says_what_works(tmp_path):
     shard(tmp_path / "t.tar", "x")
-    with pytest.raises(DataError, match="1 streamed files cannot feed 2 readers"):
+    with pytest.raises(DataError, match="1 streamed files cannot feed 2 processes: use 1 or fewer, or more files"):
         next(iter(Stream(str(tmp_path / "t.tar"), world=2)))
+
+
+def test_too_few_files_for_the_workers_says_how_many_would_do(tmp_path):
+    shard(tmp_path / "t.tar", "x")
+    loader = DataLoader(Stream(str(tmp_path / "t.tar")), batch_size=None, num_workers=2)
+    with pytest.raises(DataError, match=r"1 streamed files cannot feed 2 readers .*: use num_workers=1, or"):
+        next(iter(loader))

@@ -84,9 +84,7 @@ def check_devices() -> Iterator[Check]:
         yield Check("ok", "device", f"cuda:{i} {gpu.name}, {gpu.total_memory / GB:.0f} GB, CUDA {torch.version.cuda}")
     if torch.cuda.device_count():
         return
-    if torch.backends.mps.is_available():
-        yield Check("ok", "device", "Apple GPU (mps)")
-    elif shutil.which("nvidia-smi"):
+    if shutil.which("nvidia-smi"):
         yield Check("warn", "device", f"an NVIDIA driver is here, but torch {torch.__version__} sees no GPU: install a "
                     "torch build for this driver's CUDA version, and look at CUDA_VISIBLE_DEVICES")  # fmt: skip
     else:

@@ -213,6 +213,14 @@ class Folder:
     text: np.ndarray  # uint8: all paths, one after another
     ends: np.ndarray  # int64 [n]: where each path ends
 
+    @property
+    def left_out(self) -> str:
+        """In words, which files of the tree are not read; empty if all are."""
+        if not self.others:
+            return ""
+        kind = max(self.others, key=lambda k: (k != "hidden", self.others[k]))
+        return f"{sum(self.others.values()):,} other files are not read, e.g. {self.others[kind]:,} {kind}"
+
     def _from_folder(self, root: str, index_dir: Path | None) -> list[str]:
         header, arrays = _tree(root, index_dir)
         self.others, self.text, self.ends = header["others"], arrays["text"], arrays["ends"]

@@ -116,10 +116,7 @@ class Stream(IterableDataset):
         parts = self.world * (worker.num_workers if worker else 1)
         part = self.rank * (worker.num_workers if worker else 1) + (worker.id if worker else 0)
         if len(self.urls) < parts:
-            raise DataError(
-                f"{len(self.urls):,} streamed files cannot feed {parts} readers (processes times workers): "
-                f"use num_workers={len(self.urls) // self.world}, or more and smaller files"
-            )
+            raise DataError(self._too_few(parts))
         epoch = 0
         while self.epochs is None or epoch < self.epochs:
             urls = list(self.urls)
@@ -132,6 +129,16 @@ class Stream(IterableDataset):
                 why = f", e.g. {self.bad[0]}" if self.bad else ""
                 raise DataError(f"{self.urls[0]} … ({len(self.urls):,} files) hold no usable sample{why}")
             epoch += 1
+
+    def _too_few(self, readers: int) -> str:
+        n = len(self.urls)
+        if n < self.world:
+            return f"{n:,} streamed files cannot feed {self.world} processes: use {n:,} or fewer, or more files"
+        return f"{n:,} streamed files cannot feed {self.world} processes: use at most {n:,}, or more and smaller files"
+        return (
+            f"{n:,} streamed files cannot feed {readers} readers (processes times workers): "
+            f"use num_workers={n // self.world}, or more and smaller files"
+        )
 
     def _shuffled(self, urls: list[str], rng: random.Random) -> Iterator[Raw]:
         held: list[Raw] = []

@@ -268,7 +268,8 @@ class Run:
         print(
             first_screen(
                 cfg, objective, next(iter(objective.exports().values())), num_samples=self.num_samples,
-                labelled=self.source.labelled, describe=self.source.describe, steps=self.total_steps, world=world,
+                labelled=self.source.labelled, describe=self.source.describe,
+                left_out=getattr(self.source, "left_out", ""), steps=self.total_steps, world=world,
                 micro_batches=plan.micro_batches, workers=workers, device=str(device), precision=precision,
                 resuming=resuming,
             ),

@@ -19,6 +19,7 @@ def first_screen(
     num_samples: int | None,
     labelled: bool,
     describe: str,
+    left_out: str,
     steps: int,
     world: int,
     micro_batches: int,
@@ -35,9 +36,11 @@ def first_screen(
     images = steps * cfg.batch_size
     known = f"{count(num_samples)} images, {'with labels' if labelled else 'no labels'}: " if num_samples else ""
     epochs = f", {images / num_samples:.4g} epochs" if num_samples else ""
+    others = [f"  left out    {left_out}"] if left_out else []
     lines = [
         f"{cfg.objective.name} on {cfg.backbone.name} ({backbone.architecture}, {cfg.image_size} px)",
         f"  data        {known}{describe}",
+        *others,
         f"  batch       {cfg.batch_size} over {_many(world, 'process', 'es')}{micro}, "
         f"{_many(workers, 'loader worker', 's')} each",
         f"  length      {steps:,} steps = {count(images)} images{epochs}",
