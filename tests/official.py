@@ -36,7 +36,7 @@ def head(config: dict, dim: int, **kwargs) -> PrototypeHead:
 def load(net: nn.ModuleDict, state: dict[str, torch.Tensor]) -> None:
     """One network's official state into ours; nothing may be missing or left over."""
     layout = detect(state.keys())[0]
-    assert layout in ("dino", "dinov2")
+    assert layout in ("dino", "dinov2", "odis")
     parts = split(state, layout)
     assert not parts["left"]
     assert not parts["decoder"]

@@ -81,6 +81,7 @@ class ViT(Backbone):
     """A timm VisionTransformer; cell = stride = patch size."""
 
     family = "vit"
+    registers_in_focus = False
 
     def __init__(
         self,
@@ -208,11 +209,12 @@ class ViT(Backbone):
         )
 
     def _row(self, focus: Tensor, hide: Drop | Replace | None, length: int) -> Tensor:
-        """Where the first token may look: itself and the focused patches; registers would leak the rest."""
+        """Where the first token may look: itself and the focused patches. Registers have seen the rest and would leak
+        it; only states with a class token beside the object token (`registers_in_focus`) let it look there."""
         if isinstance(hide, Drop):
             focus = focus.gather(1, hide.ids)
         row = torch.zeros(len(focus), length, dtype=torch.bool, device=focus.device)
-        row[:, 0] = True
+        row[:, : self.prefix if self.registers_in_focus else 1] = True
         row[:, self.prefix :] = focus
         return row
 

@@ -61,6 +61,12 @@ RULES: dict[str, list[Rule]] = {
         (r"backbone\.(.*)", "backbone", r"\1"),
         (r"((?:head|ca_head|c_head|p_head)\..*)", "heads", r"\1"),
     ],
+    # ODIS with a class token beside the object token (a derivative's; there is no official code).
+    "odis": [
+        (r"(?:backbone\.)?masked_embed", "mask_token", "mask_token"),
+        (r"(?:backbone\.)?((?:obj_token|cls_token|pos_embed|patch_embed|blocks|norm)\b.*)", "backbone", r"\1"),
+        (r"(head\..*)", "heads", r"\1"),
+    ],
     # facebookresearch/dinov2: student or teacher of a training checkpoint.
     "dinov2": [
         (r"(?:backbone\.)?mask_token", "mask_token", "mask_token"),
@@ -99,6 +105,8 @@ def detect(keys: Iterable[str]) -> list[str]:
         found.append("convnext")
     if has(r"blocks1\.0\.") and has(r"patch_embed\.0\."):
         found.append("shvit")
+    if has(r"(backbone\.)?obj_token"):
+        found.append("odis")
     if has(r"(backbone\.)?mask_token") and has(r"(backbone\.)?blocks\.\d+\.(\d+\.)?ls1\.gamma"):
         found.append("dinov2")
     if has(r"backbone\.blocks\.0\.attn\.qkv\.") and has(r"(head|ca_head)\."):
@@ -132,7 +140,18 @@ def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tenso
             parts["backbone"][f"norm.{name}"] = norm
     if layout == "dinov2" and "reg_token" in parts["backbone"]:
         _place_registers(parts["backbone"])
+    if layout == "odis":
+        _place_object_token(parts["backbone"])
     return parts
+
+
+def _place_object_token(backbone: dict[str, Tensor]) -> None:
+    """[class, object, patches] to timm's [class, register, patches]: the object token is read out as timm's class
+    token, the old class token lives on as a register, and both have their positions added in."""
+    table = backbone["pos_embed"]
+    backbone["reg_token"] = backbone["cls_token"] + table[:, :1]
+    backbone["cls_token"] = backbone.pop("obj_token") + table[:, 1:2]
+    backbone["pos_embed"] = table[:, 2:]
 
 
 def _place_registers(backbone: dict[str, Tensor]) -> None:

@@ -81,7 +81,7 @@ class ClassAttention(nn.Module):
         """One that fits a backbone's patch tokens."""
         dim = backbone.embed_dim
         heads = backbone.num_heads or max(h for h in range(1, max(1, dim // 32) + 1) if dim % h == 0)
-        return cls(dim, heads, norm=backbone.final_norm(), **kwargs)
+        return cls(dim, heads, **kwargs)
 
     def project(self, tokens: Tensor) -> Projected:
         """Keys and values of tokens [B, N, D], before the final norm."""

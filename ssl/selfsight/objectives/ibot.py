@@ -123,10 +123,10 @@ class IBOT(Distillation):
         """The feature of the image level, [R, D]."""
         return tokens.pooled
 
-    def pooled_targets(self, pooled: Tensor, rows: int, step: int, valid: Tensor | None) -> Tensor:
-        """Teacher's pooled features [2 B, D] -> distributions [2, B, K]; rows that are not valid do not count."""
+    def pooled_targets(self, pooled: Tensor, rows: int, step: int, seen: Tensor | None) -> Tensor:
+        """Teacher's pooled features [2 B, D] -> distributions [2, B, K]; seen [2 + V, B]: rows with 0 do not count."""
         logits = self.teacher["head"](pooled)
-        weight = None if valid is None else valid.flatten()
+        weight = None if seen is None else seen[:2].flatten()
         if self.centering == "center":
             return self.center(logits, self.pace.temp(step), weight).unflatten(0, (2, rows))
         distill.need_rows(rows, self.scope, "objective.centering=sinkhorn")
@@ -157,7 +157,7 @@ class IBOT(Distillation):
         ids, weight = self.hidden(batch["mask"].flatten(0, 1), views.shape[-1])
         with torch.no_grad():
             t = self.encode(self.teacher, views, focus=focus)
-            target = self.pooled_targets(self.pool(self.teacher, t, focus), rows, step, batch.get("valid"))
+            target = self.pooled_targets(self.pool(self.teacher, t, focus), rows, step, batch.get("seen"))
             target_patch = self.patch_targets(t.patches, ids, weight, step)
         hide = Replace(batch["mask"].flatten(0, 1))
         s = self.encode(self.student, views, hide, focus=focus, drop_path=drop["global"])

@@ -61,7 +61,7 @@ class SelfPatch(Distillation):
         backbone = distill.multicrop_backbone(cfg, cls.needs)
         student = {
             "backbone": backbone,
-            "ca_head": ClassAttention.on(backbone),
+            "ca_head": ClassAttention.on(backbone, norm=backbone.final_norm()),
             "c_head": distill.prototype_head(cfg, backbone.embed_dim),
             "p_head": distill.prototype_head(cfg, backbone.embed_dim, num_prototypes=o.num_patch_prototypes),
         }

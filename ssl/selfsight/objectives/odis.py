@@ -1,0 +1,114 @@
+"""ODIS: object-level self-distillation (Hizli et al., 2025, arXiv 2506.05409); iBOT on one object of each image.
+
+    loss = cross-view loss on a token that may look only at the object's patches + iBOT's loss on hidden patches
+
+Crops are laid so that they show the object; the class token of a ViT is the object token and its attention row is
+restricted in every block. Families without such a token read the object out of their patches by class attention. No
+official code exists: what the paper's public text leaves open is listed in docs/odis.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.tokens import Backbone, Needs, Replace, Tokens
+from ..config import ConfigError, duration
+from ..nn.class_attention import ClassAttention
+from ..nn.losses import global_mean
+from ..views.place import AroundObject
+from ..views.spec import Batch, Cells
+from . import distill
+from .distill import Distillation, Pace
+from .ibot import IBOT, masking_of, patch_heads, settings
+
+LOCALS = {True: "object", False: "random"}
+
+
+class ODIS(IBOT):
+    """As IBOT; "readout" in student and teacher where the backbone has no token whose attention can be restricted.
+
+    no_mask: images without any object are treated as if the object filled them ("full"), or their pooled loss is left
+    out ("skip"), or a run refuses data without objects ("error"). A view that lost the object never has a pooled loss.
+    exact_mean: divide by the number of valid pairs instead of all (the derivative reference divides by all).
+    """
+
+    needs = Needs(hide=Replace, stride=16)  # focus: only where the backbone itself restricts its pooled token
+
+    def __init__(
+        self, *args: Any, no_mask: str = "full", restrict: bool = True, exact_mean: bool = True, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        self.no_mask, self.restrict, self.exact_mean = no_mask, restrict, exact_mean
+
+    @classmethod
+    def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> ODIS:
+        o = cfg.objective
+        if cfg.batch_size < 2 and (o.koleo or o.centering == "sinkhorn"):
+            what = "objective.koleo" if o.koleo else "objective.centering=sinkhorn"
+            raise ConfigError(f"{what} compares the images of a batch and batch_size is 1: use 2 or more")
+        backbone, student = object_networks(cfg, cls.needs)
+        views = distill.multicrop(
+            cfg,
+            AroundObject(o.min_area, o.object_choice, o.min_visible, LOCALS[o.object_locals], o.object_crops),
+            (Cells("global", backbone.grid(cfg.views["global"].size), o.object_shape, margin=o.object_margin),),
+        )
+        masking = masking_of(cfg, backbone, duration(o.mask_start).steps(total_steps, steps_per_epoch))
+        return cls(
+            student, views, Pace.of(cfg, total_steps, steps_per_epoch), masking, no_mask=o.no_mask,
+            restrict=o.object_pool != "none", exact_mean=o.exact_mean, **settings(cfg),
+        )  # fmt: skip
+
+    def draw(self, batch: Batch, step: int) -> Batch:
+        """Adds focus, bool [2 B, N] (True = the pooled token may look there), and seen, float [2 + V, B]: views whose
+        pooled feature counts. Local views count as showing the object whatever they show, as in the reference."""
+        batch = super().draw(batch, step)
+        cells, has = batch["cells"]["global"].flatten(2).bool(), batch["has_object"]  # [2, B, N], [B]
+        shown = cells.any(2)
+        if self.no_mask == "full":
+            shown = shown | ~has
+        focus = cells | ~(shown & has)[..., None]  # rows that do not count stay whole rather than empty
+        locals_ = torch.ones_like(has) if self.no_mask == "full" else has
+        count = sum(c.count for c in self._views.crops[1:])
+        seen = torch.cat([shown, locals_.expand(count, -1)]).to(self.center.center.dtype)
+        return batch | {"focus": focus.flatten(0, 1) if self.restrict else None, "seen": seen}
+
+    def pool(self, net: nn.ModuleDict, tokens: Tokens, focus: Tensor | None) -> Tensor:
+        if "readout" not in net:
+            return tokens.pooled
+        readout: ClassAttention = net["readout"]
+        return readout.normed(readout.pool(readout.project(tokens.patches), focus))
+
+    def encode(
+        self, net: nn.ModuleDict, views: Tensor, *args: Any, focus: Tensor | None = None, **kwargs: Any
+    ) -> Tokens:
+        if "readout" in net:
+            focus = None  # the read-out looks at the object; the backbone at everything
+        return Distillation.encode(net, views, *args, focus=focus, **kwargs)
+
+    def pooled_targets(self, pooled: Tensor, rows: int, step: int, seen: Tensor | None) -> Tensor:
+        return super().pooled_targets(pooled, rows, step, seen if self.exact_mean else None)
+
+    def pooled_loss(self, pairs: Tensor, batch: Batch) -> Tensor:
+        """Pairs of different views that both show the object, [2, 2 + V, B] -> scalar."""
+        g, v, b = pairs.shape
+        weight = batch["seen"][:g, None] * batch["seen"][None]
+        same = torch.arange(g, device=pairs.device)
+        weight = weight.index_put((same, same), weight.new_zeros(()))
+        if self.exact_mean:
+            return global_mean(pairs.flatten(), weight.flatten())
+        return (pairs * weight).sum() / (b * (g * v - g))
+
+
+def object_networks(cfg: Any, needs: Needs) -> tuple[Backbone, nn.ModuleDict]:
+    """The backbone and the student's parts. A backbone that can attend restricts its own token; others get a read-out
+    (object_pool=attention) or average the object's positions (mean)."""
+    pool = cfg.objective.object_pool
+    backbone = distill.multicrop_backbone(cfg, needs._replace(focus=pool != "none"))
+    parts: dict[str, nn.Module] = {"backbone": backbone} | patch_heads(cfg, backbone.embed_dim)
+    if pool == "attention" and not backbone.can_attend:
+        parts["readout"] = ClassAttention.on(backbone)
+        backbone.freeze_pooled()  # the mean is still what is exported, but no loss sees it
+    return backbone, nn.ModuleDict(parts)
