@@ -134,7 +134,6 @@ class Stream(IterableDataset):
         n = len(self.urls)
         if n < self.world:
             return f"{n:,} streamed files cannot feed {self.world} processes: use {n:,} or fewer, or more files"
-        return f"{n:,} streamed files cannot feed {self.world} processes: use at most {n:,}, or more and smaller files"
         return (
             f"{n:,} streamed files cannot feed {readers} readers (processes times workers): "
             f"use num_workers={n // self.world}, or more and smaller files"
