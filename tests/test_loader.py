@@ -10,6 +10,7 @@ import webdataset as wds
 from PIL import Image
 
 import runs
+from drawn import png
 from selfsight.data.folder import Folder
 from selfsight.data.loader import Positions, Samples, StreamBatches, make_loader
 from selfsight.data.manifest import Shards
@@ -17,7 +18,10 @@ from selfsight.data.order import Order
 from selfsight.data.source import DataError, SampleError
 from selfsight.data.stream import Stream
 from selfsight.training.loop import RunStopped
-from selfsight.views.spec import Crop, Views
+from selfsight.views.objects import Region, patches
+from selfsight.views.photo import prepare
+from selfsight.views.place import AroundObject
+from selfsight.views.spec import Cells, Crop, Views
 
 VIEWS = Views((Crop("global", 2, 16, (0.3, 1.0)), Crop("local", 3, 8, (0.05, 0.3))))
 
@@ -177,3 +181,81 @@ def test_a_stream_trains_and_says_that_it_is_not_exactly_resumable(tmp_path, cap
     assert "not exactly resumable" in capsys.readouterr().out
     assert summary["steps"] == 2
     assert summary["knn"] is None
+
+
+# --- crops around an object ------------------------------------------------------------------------------------------
+
+AROUND = Views(VIEWS.crops, AroundObject(), (Cells("global", (4, 4)),))
+
+
+def ids_of(i: int, size=(40, 30)) -> np.ndarray:
+    """One object: a third of the image, on even pixels, so that a mask of half the size is exact."""
+    ids, (y, x) = np.zeros(size, np.uint8), (4 + 2 * (i % 5), 2 + 2 * (i % 4))
+    ids[y : y + 20, x : x + 18] = 1 + i % 3
+    return ids
+
+
+def shard_with_objects(path, n=24, without=(), bad=(), size=(40, 30)) -> Shards:
+    """Images that are white where their object is; every mask is half as large as its image."""
+    with wds.TarWriter(str(path)) as writer:
+        for i in range(n):
+            ids = ids_of(i, size)
+            member = {"__key__": f"s{i:04d}", "jpg": png(np.repeat((ids[..., None] > 0) * np.uint8(255), 3, 2))}
+            if i not in without:
+                member["objects.png"] = b"broken" if i in bad else png(ids[::2, ::2])
+            writer.write(member)
+    return Shards(str(path))
+
+
+def with_cells(batch):
+    return flat(batch) | {"has_object": batch["has_object"], "cells/global": batch["cells"]["global"]}
+
+
+def test_patches_of_the_object_are_where_the_pixels_say_flips_included(tmp_path):
+    source = shard_with_objects(tmp_path / "a.tar", without=(2, 7))
+    batch = Samples(source, Order(0, source.lengths), AROUND, seed=0)[range(24)]
+    assert batch["has_object"].tolist() == [id not in (2, 7) for id in batch["id"].tolist()]
+    done = prepare(batch, AROUND, torch.zeros(3), torch.ones(3))
+    shares = torch.nn.functional.avg_pool2d(done["images"]["global"][:, :, 0], 4)
+    cells, has = done["cells"]["global"], batch["has_object"]
+    assert cells.dtype == torch.uint8 and cells.shape == (2, 24, 4, 4) and not cells[:, ~has].any()
+    clear = (shares - 0.25).abs() > 0.15  # the resize blurs edges
+    assert clear[:, has].float().mean() > 0.7
+    assert torch.equal(cells[:, has].bool()[clear[:, has]], (shares[:, has] > 0.25)[clear[:, has]])
+    assert not torch.equal(cells, batch["cells"]["global"])  # some were mirrored
+
+
+def test_patches_follow_the_boxes_that_were_cut_after_a_reduced_decoding(tmp_path):
+    path, size = tmp_path / "a.tar", (443, 331)
+    ids = np.zeros((64, 48), np.uint8)
+    ids[11:41, 9:33] = 1
+    with wds.TarWriter(str(path)) as writer:
+        for i in range(12):
+            writer.write({"__key__": f"s{i:04d}", "jpg": jpeg(i, size), "objects.png": png(ids)})
+    source = Shards(str(path))
+    batch = Samples(source, Order(0, source.lengths), AROUND, seed=0)[range(12)]
+    boxes = batch["boxes"]["global"].numpy()
+    assert (boxes % 8 == 0).all()  # moved onto pixels of an image of an eighth of the size
+    for v, b in np.ndindex(2, 12):
+        mine = patches(Region(ids, 1), boxes[v, b], *size, AROUND.cells[0])
+        assert mine.tolist() == batch["cells"]["global"][v, b].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_objects_do_not_depend_on_workers(tmp_path, workers):
+    source = shard_with_objects(tmp_path / "a.tar", without=(3,), bad=(5,))
+    samples = Samples(source, Order(0, source.lengths), AROUND, seed=0)
+    loader = make_loader(samples, Positions(0, 3, 8, 1, 0, 1), workers, pin_memory=False)
+    parts = [with_cells(b) for b in loader]
+    whole = with_cells(samples[range(24)])
+    assert same(whole, {k: torch.cat([p[k] for p in parts], dim=1 if "/" in k else 0) for k in whole})
+
+
+def test_a_malformed_mask_is_a_bad_sample_of_objectives_that_need_it(tmp_path):
+    source = shard_with_objects(tmp_path / "a.tar", bad=(5,))
+    order = Order(0, source.lengths)
+    batch = Samples(source, order, AROUND, seed=0)[range(24)]
+    assert [(e.id, e.why) for e in batch["events"]] == [(5, "objects.png is no PNG image")]
+    assert "a.tar, key s0005" in batch["events"][0].where and 5 not in batch["id"].tolist()
+    plain = Samples(source, order, VIEWS, seed=0)[range(24)]
+    assert not plain["events"] and "cells" not in plain and "has_object" not in plain

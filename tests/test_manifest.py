@@ -11,7 +11,7 @@ import pytest
 
 from selfsight.data import cache_dir, open_source
 from selfsight.data.manifest import Shards, expand, index, load_index, open_index
-from selfsight.data.source import DataError, SampleError, Source
+from selfsight.data.source import DataError, Raw, SampleError, Source
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_fields_far_apart_are_read_one_by_one(tmp_path):
 def test_pickled_and_unknown_members_are_ignored(tmp_path):
     members = [("README.txt", b"hi"), ("a.pyd", b"cos\nsystem\n"), ("a.jpg", b"i"), ("a.pth", b"x"), ("b.pkl", b"x")]
     source = Shards(write(tmp_path / "t.tar", members))
-    assert len(source) == 1 and source.read(0) == ("a", b"i", -1, source.where(0), None, None, None)
+    assert len(source) == 1 and source.read(0) == Raw("a", b"i", -1, source.where(0))
 
 
 @pytest.mark.parametrize(("value", "label"), [('{"label": 3}', 3), ('{"cls": "4"}', 4), ('{"caption": "x"}', -1)])

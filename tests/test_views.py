@@ -12,7 +12,7 @@ from selfsight.data.rng import key_of, uniform
 from selfsight.views import photo as ops
 from selfsight.views.photo import denormalise, prepare
 from selfsight.views.place import independent
-from selfsight.views.spec import Crop, Photo, Views
+from selfsight.views.spec import Cells, Crop, Photo, Views
 
 DINO = Photo(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.3)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -254,7 +254,7 @@ def test_crops_of_a_kind_and_kinds_draw_their_own_parameters():
 
 
 def test_flips_turn_boxes_and_cells():
-    views = Views((Crop("global", 2, 8, (0.2, 1.0)),), cells=("global",))
+    views = Views((Crop("global", 2, 8, (0.2, 1.0)),), cells=(Cells("global", (4, 4)),))
     batch = make_batch(views)
     batch["cells"] = {"global": torch.arange(4, dtype=torch.uint8).expand(2, 8, 4, 4)}
     done = prepare(batch, views, MEAN, STD)
@@ -263,6 +263,14 @@ def test_flips_turn_boxes_and_cells():
         flipped = bool(flips[v, b])
         assert done["boxes"]["global"][v, b].tolist() == ([1, 9, 5, 2] if flipped else [1, 2, 5, 9])
         assert done["cells"]["global"][v, b, 0].tolist() == ([3, 2, 1, 0] if flipped else [0, 1, 2, 3])
+        assert torch.equal(batch["cells"]["global"][v, b, 0], torch.arange(4, dtype=torch.uint8))  # the input stays
+
+
+def test_cells_of_crops_that_are_never_mirrored_stay():
+    views = Views((Crop("global", 2, 8, (0.2, 1.0), flip_p=0.0),), cells=(Cells("global", (4, 4)),))
+    batch = make_batch(views)
+    batch["cells"] = {"global": torch.arange(4, dtype=torch.uint8).expand(2, 8, 4, 4)}
+    assert torch.equal(prepare(batch, views, MEAN, STD)["cells"]["global"], batch["cells"]["global"])
 
 
 def test_prepare_leaves_its_input_alone():

@@ -24,7 +24,8 @@ def open_source(data_cfg: Any, split: str) -> Source | Stream | None:
     """The train or val source that a `data` config describes; None when it names no validation data.
 
     data_cfg: attribute access to name (shards | folder | scenes), train, val, root, root_val, mode (exact | stream),
-    labels (auto | none), index_dir; for scenes: size, num_train, num_val, num_classes, seed. Missing ones are None.
+    labels (auto | none), objects (side-cars of the train split), index_dir; for scenes: size, num_train, num_val,
+    num_classes, seed. Missing ones are None.
     Raises DataError naming the key when what is named cannot be used.
     """
     from .source import DataError
@@ -67,15 +68,20 @@ def _open_shards(cfg: Any, split: str, labels: str) -> Source | Stream | None:
         raise DataError("data=shards needs data.train, e.g. data.train='/d/train-{000000..000099}.tar'")
     if isinstance(patterns, Iterable) and not isinstance(patterns, str):
         patterns = [str(pattern) for pattern in patterns]
+    objects = _get(cfg, "objects") if split == "train" else None
     if mode == "stream" and split == "train":  # validation data is small, and read by number
         from .stream import Stream
 
+        if objects:
+            raise DataError(
+                f"data.objects={objects} is joined to shards by number, which a stream has not: use data.mode=exact"
+            )
         return Stream(patterns, labels=labels)
     if mode not in ("exact", "stream"):
         raise DataError(f"data.mode={mode} is neither exact nor stream")
     from .manifest import Shards
 
-    return Shards(patterns, _index_dir(cfg), labels=labels)
+    return Shards(patterns, _index_dir(cfg), labels=labels, objects=objects)
 
 
 def _open_folder(cfg: Any, split: str, labels: str) -> Source | None:
@@ -83,6 +89,11 @@ def _open_folder(cfg: Any, split: str, labels: str) -> Source | None:
     from .source import DataError
 
     root, index_dir = _get(cfg, "root"), _index_dir(cfg)
+    if objects := _get(cfg, "objects"):
+        raise DataError(
+            f"data.objects={objects} belongs to shards: make shards of the folder first "
+            "(`selfsight prepare folder …`), or leave data.objects out"
+        )
     if split == "val":
         root_val = _get(cfg, "root_val")
         if not root_val:
@@ -104,4 +115,5 @@ def _open_scenes(cfg: Any, split: str, labels: str) -> Source | None:
         return None
     pattern = ensure(split, size=size, count=count, seed=seed)
     words = f"scenes (built in, {count:,} images of {size} px)"
-    return Shards(pattern, _index_dir(cfg), labels=labels, describe=words)
+    objects = _get(cfg, "objects") if split == "train" else None
+    return Shards(pattern, _index_dir(cfg), labels=labels, describe=words, objects=objects)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from ..views.objects import Region, patches
 from ..views.place import independent
 from ..views.spec import Batch, Views
 from .decode import crop_reduction, cut, decode, size_of, snap
@@ -36,6 +37,13 @@ class Cutter:
     def __init__(self, views: Views, channels: int = 3):
         self.views, self.channels = views, channels
         self.outputs = np.repeat([c.size for c in views.crops], [c.count for c in views.crops])
+        self.counts = {c.name: c.count for c in views.crops}
+        for cells in views.cells:
+            if cells.name not in self.counts or cells.shape not in ("exact", "box") or views.place is None:
+                raise ValueError(
+                    f"{cells}: the name must be one of {', '.join(self.counts)}, the shape exact or box, and "
+                    "views.place must choose an object (views.place.AroundObject)"
+                )
 
     def empty(self, b: int) -> Batch:
         """A batch of b rows to fill."""
@@ -44,7 +52,12 @@ class Cutter:
             crops[c.name] = torch.empty(c.count, b, self.channels, c.size, c.size, dtype=torch.uint8)
             boxes[c.name] = torch.empty(c.count, b, 4)
         long = {k: torch.empty(b, dtype=torch.int64) for k in ("key", "id", "position", "label")}
-        return Batch(crops=crops, boxes=boxes, sizes=torch.empty(b, 2, dtype=torch.int64), events=[], **long)
+        batch = Batch(crops=crops, boxes=boxes, sizes=torch.empty(b, 2, dtype=torch.int64), events=[], **long)
+        if self.views.cells:
+            shapes = {cells.name: (self.counts[cells.name], b, *cells.grid) for cells in self.views.cells}
+            batch["cells"] = {name: torch.empty(shape, dtype=torch.uint8) for name, shape in shapes.items()}
+            batch["has_object"] = torch.empty(b, dtype=torch.bool)
+        return batch
 
     def fill(self, batch: Batch, i: int, raw: Raw, key: np.ndarray) -> None:
         """Decode once at the smallest sufficient size and cut every crop of one sample into row i."""
@@ -60,8 +73,21 @@ class Cutter:
             for v, box in enumerate(snapped):
                 reduced = tuple(round(float(x) / factor) for x in box)
                 batch["crops"][crop.name][v, i] = cut(image, reduced, crop.size, crop.interpolation)
+        if self.views.cells:
+            self._fill_cells(batch, i, getattr(placed, "region", None), height, width)
         batch["label"][i] = raw.label
         batch["sizes"][i, 0], batch["sizes"][i, 1] = height, width
+
+    def _fill_cells(self, batch: Batch, i: int, region: Region | None, height: int, width: int) -> None:
+        """Which patches show the chosen object, for row i, from the boxes as they were cut."""
+        batch["has_object"][i] = region is not None
+        for cells in self.views.cells:
+            rows = batch["cells"][cells.name][:, i]
+            if region is None:
+                rows.zero_()
+                continue
+            for v, box in enumerate(batch["boxes"][cells.name][:, i].numpy()):
+                rows[v] = torch.from_numpy(patches(region, box, height, width, cells))
 
 
 class Samples(Dataset):

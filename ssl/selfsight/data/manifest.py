@@ -156,15 +156,16 @@ def _read_labels(path: str, n: int, rows: list[tuple[int, int, int]], has_json: 
     return labels
 
 
-def build_index(path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def build_index(path: str, empty: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Scan one tar: header {stamp, n, key_hash, no_image, …} and arrays {image, label, mask, …, text, ends}.
 
     image, json, mask, objects, boxes: int64 [n, 2], offset and size in bytes, (0, 0) = none. label: int64 [n].
+    empty: whether a tar without samples will do.
     """
     before = stamp(path)
     members = scan(path)
     keys, columns, odd = _group(path, members)
-    if not keys:
+    if not keys and (members or not empty):
         found = sorted({Path(m.name).suffix or m.name for m in members})[:_EXAMPLES]
         inside = f"only {', '.join(found)}" if found else "nothing"
         hint = "; tars inside a tar must be unpacked first" if ".tar" in found else ""
@@ -189,7 +190,7 @@ def _write_beside(path: str) -> bool:
     return os.access(folder, os.W_OK) and bool(stat.S_IMODE(os.stat(folder).st_mode) & 0o222)  # noqa: PTH116
 
 
-def open_index(path: str, index_dir: Path | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def open_index(path: str, index_dir: Path | None, empty: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The index of one tar, from its side-car if that is fresh, else built and kept."""
     if index_dir is not None:
         places = [index_in_cache(path, index_dir)]
@@ -199,7 +200,7 @@ def open_index(path: str, index_dir: Path | None) -> tuple[dict[str, Any], dict[
         found = load_index(place)
         if found and tuple(found[0].get("stamp", ())) == stamp(path) and "image" in found[1]:
             return found
-    built = build_index(path)
+    built = build_index(path, empty)
     for place in places:
         if place.parent == Path(path).parent and index_dir is None and not _write_beside(path):
             continue
@@ -211,6 +212,17 @@ def open_index(path: str, index_dir: Path | None) -> tuple[dict[str, Any], dict[
             if index_dir is not None:
                 raise DataError(f"data.index_dir={index_dir} cannot be written ({error.strerror})") from error
     return built
+
+
+def open_indexes(
+    paths: Sequence[str], index_dir: Path | None, empty: bool = False
+) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """`open_index` of many tars."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(min(8, len(paths))) as pool:  # scanning waits on slow storage, not on the CPU
+        work = pool.map(lambda path: open_index(path, index_dir, empty), paths)
+        return list(tqdm(work, "indexing shards (once)", len(paths), leave=False, delay=2, disable=None))
 
 
 # ---- patterns ------------------------------------------------------------------------------------------------
@@ -331,6 +343,7 @@ class Shards:
     patterns: paths with braces `{000000..000099}` or globs, "::" between several, or a list of such.
     index_dir: where to keep the indexes (None: beside the shards, else the cache folder).
     labels: "auto" reads .cls and .json; "none" ignores them. fields: which of mask, objects, boxes to read.
+    objects: patterns of side-car tars whose objects and boxes take the place of the shards' own (`data.sidecar`).
     no_image counts samples without an image, `no_image_examples` names the first of them.
     """
 
@@ -342,22 +355,26 @@ class Shards:
         labels: str = "auto",
         fields: Sequence[str] = EXTRA,
         describe: str | None = None,
+        objects: str | Sequence[str] | None = None,
     ):
-        from tqdm import tqdm
-
         self.paths = expand(patterns)
         index_dir = None if index_dir is None else Path(index_dir)
-        with ThreadPoolExecutor(min(8, len(self.paths))) as pool:  # scanning waits on slow storage, not on the CPU
-            work = pool.map(lambda path: open_index(path, index_dir), self.paths)
-            found = list(tqdm(work, "indexing shards (once)", len(self.paths), leave=False, delay=2, disable=None))
+        found = open_indexes(self.paths, index_dir)
         headers = [header for header, _ in found]
         self.lengths: list[int] = [int(header["n"]) for header in headers]
         self._starts: list[int] = [0, *itertools.accumulate(self.lengths)]  # bisected: quicker than numpy for one id
         self._reader = Reader(self.paths, [tuple(header["stamp"]) for header in headers])
         self._columns([arrays for _, arrays in found])
+        self._side = None
+        if objects:
+            from .sidecar import SideCars
+
+            self._side = SideCars(objects, self.paths, [arrays for _, arrays in found], index_dir)
+            self._at = {field: at for field, at in self._at.items() if field not in ("objects", "boxes")}
         self._fields = tuple(field for field in fields if field in self._at)
         self._labels_on = labels != "none"
-        self.has_objects = "objects" in self._at or "boxes" in self._at
+        self.num_with_objects = self._side.count if self._side else self._count("objects", "boxes")
+        self.has_objects = self.num_with_objects > 0
         self.no_image = sum(header["no_image"] for header in headers)
         self.no_image_examples = [
             _without_image(path, *example)
@@ -369,9 +386,12 @@ class Shards:
         self._num_labels = len(names[0]) if names and names[1] else None
         self.labelled = self._labels_on and any(self._first_label(id) for id in range(min(64, len(self))))
         lines = [[Path(p).name, h["stamp"][0], h["n"], h["key_hash"]] for p, h in zip(self.paths, headers)]
+        lines += self._side.lines if self._side else []
         self.fingerprint = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
         more = f" … ({len(self.paths):,} files)" if len(self.paths) > 1 else ""
         self.describe = describe or f"shards {self.paths[0]}{more}"
+        if self._side or 0 < self.num_with_objects < len(self):
+            self.describe += f", object masks on {self.num_with_objects:,} of {len(self):,} images"
 
     def _columns(self, shards: list[dict[str, np.ndarray]]) -> None:
         """Join the shards' arrays into one column per field."""
@@ -384,6 +404,11 @@ class Shards:
         before = np.concatenate([[0], np.cumsum([len(a["text"]) for a in shards])])
         self._text = np.concatenate([a["text"] for a in shards])
         self._ends = np.concatenate([a["ends"] + start for a, start in zip(shards, before)])
+
+    def _count(self, *fields: str) -> int:
+        """Samples that have one of these fields."""
+        found = [self._at[field][:, 0] > 0 for field in fields if field in self._at]
+        return int(np.logical_or.reduce(found).sum()) if found else 0
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -428,8 +453,9 @@ class Shards:
         offset, size = self._at["image"][id].tolist()
         if not size:
             raise SampleError(where, "the image is empty (0 bytes)" if offset else _NO_IMAGE)
+        side = self._side.read(shard, id, key) if self._side else {}
         if not self._fields:
-            return Raw(key, self._reader.read(shard, offset, size), label, where)
+            return Raw(key, self._reader.read(shard, offset, size), label, where, **side)
         at = {field: self._at[field][id].tolist() for field in ("image", *self._fields)}
         at = {field: place for field, place in at.items() if place[0]}
         first = min(offset for offset, _ in at.values())
@@ -439,7 +465,7 @@ class Shards:
             got = {field: span[offset - first : offset - first + size] for field, (offset, size) in at.items()}
         else:
             got = {field: self._reader.read(shard, *place) for field, place in at.items()}
-        return Raw(key=key, image=got.pop("image"), label=label, where=where, **got)
+        return Raw(key=key, image=got.pop("image"), label=label, where=where, **got, **side)
 
 
 _NO_IMAGE = f"no image among its members (images end in {', '.join(IMAGES)}, right after the key's first dot)"
@@ -455,7 +481,8 @@ def index(cfg: Any) -> None:
     index_dir = cfg.data.index_dir or None
     for split in ("train", "val"):
         if patterns := getattr(cfg.data, split):
-            source = Shards(patterns, index_dir and Path(index_dir).expanduser())
+            objects = getattr(cfg.data, "objects", None) if split == "train" else None
+            source = Shards(patterns, index_dir and Path(index_dir).expanduser(), objects=objects)
             first = next(iter(source.no_image_examples), None)
             missing = f", {source.no_image:,} of them without an image, e.g. {first}" if first else ""
             print(f"{split}: {source.describe}: {len(source):,} samples{missing}")

@@ -31,6 +31,7 @@ class Raw(NamedTuple):
     mask: bytes | None = None  # mask.png: semantic class ids
     objects: bytes | None = None  # objects.png: object ids
     boxes: bytes | None = None  # boxes.json
+    side: str = ""  # file and key of objects and boxes where they lie in a side-car
 
 
 @runtime_checkable

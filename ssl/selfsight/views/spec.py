@@ -36,12 +36,22 @@ class Crop(NamedTuple):
     photo: tuple[Photo | None, ...] = (None,)  # one for all crops of this kind, or one per crop
 
 
+class Cells(NamedTuple):
+    """Which patches of the crops of one kind show the chosen object; `views.objects.patches` is the rule."""
+
+    name: str  # of the kind of crop
+    grid: tuple[int, int]  # patches down and across
+    shape: str = "exact"  # or "box": groups of neighbouring patches are filled to rectangles
+    threshold: float = 0.25  # share of a patch that the object must cover; "box" takes any part
+    margin: int = 0  # patches that a box grows by on each side
+
+
 class Views(NamedTuple):
     """All crops of a sample. `place` decides where they lie (None = independently, `views.place.independent`)."""
 
     crops: tuple[Crop, ...]
     place: Callable | None = None
-    cells: tuple[str, ...] = ()  # crops that need the occupancy of a chosen object (ODIS)
+    cells: tuple[Cells, ...] = ()  # needs a place that chooses an object, `views.place.AroundObject`
 
 
 class Batch(TypedDict, total=False):
@@ -54,7 +64,7 @@ class Batch(TypedDict, total=False):
     crops: dict[str, Tensor]  # uint8 [n, B, 3, s, s]
     boxes: dict[str, Tensor]  # float32 [n, B, 4]: y0 x0 y1 x1 in the image, pixels, after snapping
     sizes: Tensor  # int64 [B, 2]: image height and width, pixels
-    cells: dict[str, Tensor]  # uint8 [n, B, h, w]: occupancy of the chosen object, 0..255
-    has_object: Tensor  # bool [B]
+    cells: dict[str, Tensor]  # uint8 [n, B, h, w]: 1 = the patch shows the chosen object
+    has_object: Tensor  # bool [B]: an object was chosen, though not every crop may show it; there if `cells` is
     images: dict[str, Tensor]  # float32 [n, B, 3, s, s], added by `prepare`; flipped crops' boxes have x0 > x1
     events: list[Any]  # bad samples that were substituted (data.loader.Event); never reaches the device
