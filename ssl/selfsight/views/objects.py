@@ -100,10 +100,14 @@ def _groups(on: np.ndarray) -> list[tuple[int, int, int, int]]:
             waiting = [start]
             while waiting:
                 y = waiting.pop()
-                reach = group[y] | group[y] << 1 | group[y] >> 1
-                for near in range(max(0, y - 1), min(len(rows), y + 2)):
-                    if new := reach & rows[near] & ~group.get(near, 0):
-                        group[near] = group.get(near, 0) | new
+                bits = group[y]
+                while (wider := (bits | bits << 1 | bits >> 1) & rows[y]) != bits:
+                    bits = wider
+                group[y] = bits
+                for near in (y - 1, y + 1):
+                    old = group.get(near, 0)
+                    if 0 <= near < len(rows) and (new := (bits | bits << 1 | bits >> 1) & rows[near] & ~old):
+                        group[near] = old | new
                         waiting.append(near)
             columns = 0
             for y, bits in group.items():

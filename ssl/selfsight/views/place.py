@@ -103,9 +103,10 @@ class AroundObject(NamedTuple):
         """Boxes as `independent` gives them, and the object. SampleError if the sample's objects are malformed."""
         placed = Placed(independent(u, crops, height, width))
         ids = None if sample is None else object_map(sample)
-        if ids is not None and ids.any():
+        found = None if ids is None else _objects(ids)
+        if found and len(found[0]):
             lay = {"analytic": _analytic, "official": _rejected, "none": _as_they_lie}[self.sampling]
-            lay(self, placed, _Image(u, tuple(crops), ids, height, width))
+            lay(self, placed, _Image(u, tuple(crops), ids, *found, height, width))
         return placed
 
 
@@ -115,6 +116,8 @@ class _Image(NamedTuple):
     u: Uniform
     crops: tuple[Crop, ...]
     ids: np.ndarray
+    numbers: np.ndarray  # ids that occur
+    sizes: np.ndarray  # and their areas in pixels of the map
     height: int
     width: int
 
@@ -122,19 +125,18 @@ class _Image(NamedTuple):
 def _analytic(rule: AroundObject, placed: Placed, image: _Image) -> None:
     """Move the boxes of `independent` to where they show the object; no tries."""
     kinds = image.crops if rule.locals == "object" else image.crops[:1]
-    numbers, sizes = _objects(image.ids)
     count = 3 * sum(crop.count for crop in kinds)
-    draws = image.u("around", count + len(numbers)).astype(np.float64)
-    order, draws = _order(rule.choice, sizes, draws[count:]), iter(draws[:count].reshape(-1, 3))
+    draws = image.u("around", count + len(image.numbers)).astype(np.float64)
+    order, draws = _order(rule.choice, image.sizes, draws[count:]), iter(draws[:count].reshape(-1, 3))
     first, own = placed[kinds[0].name][0], next(draws)
     least = max(1.0, rule.min_area * _map_area(first, image))  # a pixel of the map at least
-    for i in order[sizes[order] >= least - TOUCH]:
-        region = Region(image.ids, int(numbers[i]))
+    for i in order[image.sizes[order] >= least - TOUCH]:
+        region = Region(image.ids, int(image.numbers[i]))
         box, area = _slide(region, first, least, own, image)
         if area >= least - TOUCH:
             break
     else:  # no object is large enough for a crop of this size
-        region = Region(image.ids, int(numbers[order[0]]))
+        region = Region(image.ids, int(image.numbers[order[0]]))
         box, _ = _slide(region, first, least, own, image)
     placed.region = region
     for crop in kinds:
