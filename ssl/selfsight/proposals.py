@@ -10,7 +10,6 @@ most. A side-car appears under its name only when complete, so the same command 
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
@@ -308,6 +307,8 @@ def _source(cfg: Any, image_size: int) -> Source:
     if data.get("mode") == "stream":
         raise DataError("data.mode=stream cannot be read by number; proposals need data=… with data.mode=exact")
     given = {"labels": "none"}  # a broken label is no reason to go without an object
+    if "objects" in data:  # masks of an earlier round are no truth to compare with
+        given["objects"] = None
     if data.name == "scenes" and data.get("size") is None:
         given["size"] = min(image_size, 128)
     source = open_source(OmegaConf.merge(data, given), cfg.split)
@@ -324,17 +325,21 @@ def _settings(cfg: Any, loaded: Loaded) -> dict[str, Any]:
 
 
 def _missing(cars: Sequence[SideCar], key: Callable[[int], str], folder: Path, settings: dict) -> list[SideCar]:
-    """The side-cars still to write. DataError if those that are there were made with other settings."""
+    """The side-cars still to write. DataError if others in the folder were made with other settings."""
     todo = [car for car in cars if not is_complete(car, key)]
-    report = folder / "report.json"
-    if len(todo) < len(cars) and report.is_file():
-        with contextlib.suppress(ValueError):  # a report that is no JSON says nothing
-            old = json.loads(report.read_text("utf-8")).get("settings", {})
-            for name, value in settings.items():
-                if name in old and old[name] != value:
-                    raise DataError(f"the side-cars in {folder} were made with {name}={old[name]}, now it is {value}: "
-                                    "choose another out=, or remove them")  # fmt: skip
+    old = _settings_before(folder) if any(folder.glob("*.tar")) else {}
+    for name, value in settings.items():
+        if name in old and old[name] != value:
+            raise DataError(f"the side-cars in {folder} were made with {name}={old[name]}, now it is {value}: "
+                            "choose another out=, or remove them")  # fmt: skip
     return todo
+
+
+def _settings_before(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "report.json").read_text("utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # the report is gone; the side-cars are still good
 
 
 def _write_all(source: Source, todo: Sequence[SideCar], key: Callable[[int], str], finder: Finder, cfg: Any) -> int:
