@@ -393,7 +393,7 @@ class LinearProbe:
 
 @dataclasses.dataclass
 class ViewKind:
-    n: int | None = integer(None, 0)
+    n: int | None = integer(None, 0, 32)
     size: int | None = integer(None, 8)
     scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
 

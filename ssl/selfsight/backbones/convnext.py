@@ -195,10 +195,6 @@ class ConvNeXt(Backbone):
             patches = pick(patches, self.to_tokens(hide.ids, size))
         return Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers))
 
-    def compile_blocks(self, **kwargs) -> None:
-        allow_graphs_per_stage()
-        super().compile_blocks(**kwargs)
-
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else getattr(self.timm.head, "norm", None)
 
@@ -218,17 +214,6 @@ class ConvNeXt(Backbone):
         for stage in self.timm.stages:
             agree_blocks(self, stage.blocks[0], lambda block, x: run_block(block, x, torch.ones_like(x[:, :1])))
         self.train(training)
-
-
-def allow_graphs_per_stage() -> None:
-    """Raise torch's limit on graphs per function: a walker needs one per stage (shapes) and kind of call.
-
-    Training, evaluation and the teacher are three kinds, and at the default limit of 8 graphs four stages would stop
-    (fullgraph) or silently fall back to eager.
-    """
-    import torch._dynamo.config as config  # not loaded by `import torch`, and only compiled runs need it
-
-    config.recompile_limit = max(config.recompile_limit, 64)
 
 
 def plan_fusion(backbone: Backbone, needs: Needs) -> tuple[tuple[int, ...], StageFusion | None]:

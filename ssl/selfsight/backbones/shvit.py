@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..nn.fuse import enlarge, flat, focus_weight, pooled_mean, visibility
 from ..nn.global_batchnorm import to_global
 from ..nn.positions import sincos_2d
-from .convnext import agree, agree_blocks, allow_graphs_per_stage, plan_fusion, waves
+from .convnext import agree, agree_blocks, plan_fusion, waves
 from .tokens import Backbone, BackboneError, Drop, Needs, Replace, Tokens, pick
 
 CELL, STEM, TOTAL = 32, 16, 64  # pixels per maskable cell, stem output, and position of the last stage
@@ -156,10 +156,6 @@ class SHViT(Backbone):
 
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else None
-
-    def compile_blocks(self, **kwargs) -> None:
-        allow_graphs_per_stage()
-        super().compile_blocks(**kwargs)
 
     @torch.no_grad()
     def check(self) -> None:

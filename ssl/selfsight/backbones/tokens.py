@@ -127,7 +127,19 @@ class Backbone(nn.Module):
 
     def compile_blocks(self, **kwargs) -> None:
         """Compile the walker of one block (few graphs, short cold start, no state): `torch.compile(**kwargs)`."""
+        allow_graphs()
         self.block_fn = torch.compile(self.block_fn, **kwargs)
+
+
+def allow_graphs() -> None:
+    """Raise torch's limit on graphs per function: a walker needs one per stage (shapes) and kind of call.
+
+    Training, evaluation and the teacher are three kinds, global and local views have two sizes, and at the default
+    limit of 8 graphs four stages would stop (fullgraph) or silently fall back to eager.
+    """
+    import torch._dynamo.config as config  # not loaded by `import torch`, and only compiled runs need it
+
+    config.recompile_limit = max(config.recompile_limit, 64)
 
 
 def pick(x: Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from ..backbones.tokens import Backbone, pick
+from ..backbones.tokens import Backbone, allow_graphs, pick
 
 Projected = list[tuple[Tensor, Tensor]]  # keys and values of every layer, [B, N, heads, d] each
 
@@ -108,6 +108,7 @@ class ClassAttention(nn.Module):
 
     def compile_blocks(self, **kwargs) -> None:
         """Compile the walker of one layer."""
+        allow_graphs()
         self.layer_fn = torch.compile(self.layer_fn, **kwargs)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from ..backbones.tokens import allow_graphs
 from .global_batchnorm import GlobalBatchNorm1d
 
 
@@ -87,6 +88,7 @@ class PrototypeHead(nn.Module):
 
     def compile_blocks(self, **kwargs) -> None:
         """Compile the two halves of the head."""
+        allow_graphs()
         self.embed_fn = torch.compile(self.embed_fn, **kwargs)
         self.score_fn = torch.compile(self.score_fn, **kwargs)
 

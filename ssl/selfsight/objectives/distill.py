@@ -163,7 +163,7 @@ def view_pictures(objective: Distillation, batch: Batch) -> dict[str, Tensor]:
     backbone = objective.teacher["backbone"]
     if backbone.can_attend:
         focus = batch.get("focus")
-        rows |= attention_pictures(views[0], backbone, focus=None if focus is None else focus[0])
+        rows |= attention_pictures(views[0], backbone, focus=None if focus is None else focus[: len(views[0])])
     return rows
 
 
