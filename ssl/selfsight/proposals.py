@@ -34,6 +34,7 @@ from .backbones.tokens import Backbone
 from .data import open_source
 from .data.decode import crop_reduction, cut, decode, size_of
 from .data.manifest import Shards
+from .data.objects import object_map
 from .data.prepare import _keys
 from .data.proposals import agreement, label_map, maskcut, resize_ids
 from .data.sidecar_writer import Labelled, SideCar, is_complete, plan, read_back, write
@@ -109,7 +110,7 @@ class Finder:
             hook.remove()
         if self.kind == "tokens":
             return patches
-        if not kept or kept[-1].ndim != 3 or kept[-1].shape[1] < patches.shape[1]:
+        if not kept or len(kept[-1]) != len(pixels) or kept[-1].shape[1] < patches.shape[1]:  # hidden, or in windows
             raise ProposalError(f"the attention keys of {self.name} cannot be read; use features=tokens")
         keys = kept[-1].chunk(3, dim=-1)[1] if self.fused else kept[-1]
         return keys[:, keys.shape[1] - patches.shape[1] :]
@@ -197,12 +198,11 @@ def read_ids(png: bytes) -> np.ndarray:
 
 
 def known_objects(source: Source, id: int) -> np.ndarray | None:
-    """The object ids that the data itself has for a sample."""
+    """The object ids that the data itself has for a sample; None if there are none that can be read."""
     try:
-        raw = source.read(id)
+        return object_map(source.read(id))
     except SampleError:
         return None
-    return read_ids(raw.objects) if raw.objects else None
 
 
 def judge(source: Source, maps: dict[int, np.ndarray]) -> dict[str, Any]:
