@@ -18,6 +18,7 @@ from selfsight.backbones.tokens import Needs
 from selfsight.data.decode import decode
 from selfsight.data.folder import Folder
 from selfsight.data.manifest import Shards
+from selfsight.data.objects import object_map
 from selfsight.data.proposals import agreement, component, label_map, maskcut, object_side, second_vector
 from selfsight.data.scenes import write as write_scenes
 from selfsight.data.sidecar_writer import FIELD, WHY, members, plan
@@ -315,6 +316,14 @@ def test_side_cars_have_the_names_and_keys_of_the_data(export, shards, tmp_path)
     assert json.loads((tmp_path / "out/report.json").read_text())["complete"] is True
     with Image.open(tmp_path / "out/overlays.png") as picture:
         assert picture.width > 8 * 112
+
+
+def test_training_reads_them_in_place_of_the_shards_own(export, shards, tmp_path):
+    run(export, *on(shards, tmp_path / "out"))
+    source = Shards(shards, objects=str(tmp_path / "out/*.tar"))
+    written = maps(tmp_path / "out/train-000001.tar")
+    for id in range(5, 10):
+        assert np.array_equal(object_map(source.read(id)), np.asarray(written[source.key(id)]))
 
 
 def test_the_same_command_does_nothing_again(export, shards, tmp_path, monkeypatch):
