@@ -1,4 +1,4 @@
-"""ODIS against a derivative of its code base and the authors' description: attention, ViTs, loss, centres, proposals."""
+"""ODIS against a derivative of its code base and the authors' description: attention, loss, centres, proposals."""
 
 import pytest
 import torch

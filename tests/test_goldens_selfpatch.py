@@ -16,10 +16,14 @@ from selfsight.training.schedules import warmup_cosine
 KNOWN = ("fwd_", "head_neighbours_topk", "keys_", "train_")
 
 
+def pooling(backbone) -> ClassAttention:
+    return ClassAttention.on(backbone, norm=backbone.final_norm())
+
+
 def build(config: dict, per_epoch: int = 1) -> SelfPatch:
     backbone, dim = official.vit(config, SelfPatch.needs), config["embed_dim"]
     student = {
-        "backbone": backbone, "ca_head": ClassAttention.on(backbone, norm=backbone.final_norm()), "c_head": official.head(config, dim),
+        "backbone": backbone, "ca_head": pooling(backbone), "c_head": official.head(config, dim),
         "p_head": official.head({**config, "out_dim": config["out_dim_selfpatch"]}, dim),
     }  # fmt: skip
     pace = official.pace(config, per_epoch)
@@ -142,7 +146,7 @@ def test_names_and_shapes_of_the_published_model(case):
         config = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
         backbone = official.vit(config, SelfPatch.needs)
         net = {
-            "backbone": backbone, "ca_head": ClassAttention.on(backbone, norm=backbone.final_norm()), "c_head": PrototypeHead(384, 65536),
+            "backbone": backbone, "ca_head": pooling(backbone), "c_head": PrototypeHead(384, 65536),
             "p_head": PrototypeHead(384, 4096),
         }  # fmt: skip
     mine = {official_name(n): list(p.shape) for n, p in nn.ModuleDict(net).named_parameters()}

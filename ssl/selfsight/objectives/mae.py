@@ -30,6 +30,7 @@ class MAE(Objective):
     """student: the backbone; decoder: `nn.decoders`; cells: maskable cells of an image; keep: visible ones."""
 
     needs = Needs(hide=Drop, pooled=False, init="mae")
+    pictures_show = "reconstruction"
 
     def __init__(
         self,

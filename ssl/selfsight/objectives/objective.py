@@ -20,6 +20,7 @@ class Objective(nn.Module):
     """
 
     needs: ClassVar[Needs] = Needs()
+    pictures_show: ClassVar[str] = "views"  # name of the files that `pictures` end in
     student: nn.Module
     teacher: nn.Module | None
 

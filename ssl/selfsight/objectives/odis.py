@@ -52,7 +52,14 @@ class ODIS(IBOT):
         backbone, student = object_networks(cfg, cls.needs)
         views = distill.multicrop(
             cfg,
-            AroundObject(o.min_area, o.object_choice, o.min_visible, LOCALS[o.object_locals], o.object_crops),
+            AroundObject(
+                o.min_area,
+                o.object_choice,
+                o.min_visible,
+                LOCALS[o.object_locals],
+                o.object_crops,
+                o.no_mask == "error",
+            ),
             (Cells("global", backbone.grid(cfg.views["global"].size), o.object_shape, margin=o.object_margin),),
         )
         masking = masking_of(cfg, backbone, duration(o.mask_start).steps(total_steps, steps_per_epoch))

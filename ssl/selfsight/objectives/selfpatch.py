@@ -1,6 +1,6 @@
 """SelfPatch: DINO and a loss on patches (Yun et al., CVPR 2022, arXiv 2206.07990).
 
-    loss = DINO's loss on a class-attention token + 0.1 * mean over patches of  H(teacher's neighbourhood, student's patch)
+    loss = DINO's loss on a class-attention token + 0.1 * mean over patches of H(teacher's neighbourhood, student's)
 
 For each patch the teacher picks the most similar ones around it and aggregates them by the class attention that pools
 the image; the student's own patch, of the same view, must predict that. Every view, also the local ones.

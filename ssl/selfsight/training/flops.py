@@ -48,8 +48,13 @@ def step_flops_per_image(objective: Objective, batch: int = 2) -> float:
     for old, new in list(zip(objective.parameters(), [memo[id(p)] for p in objective.parameters()], strict=True)):
         memo[id(old)] = torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad)
     ghost = copy.deepcopy(objective, memo)
-    images = {c.name: torch.empty(c.count, batch, 3, c.size, c.size, device="meta") for c in objective.views().crops}
+    views = objective.views()
+    images = {c.name: torch.empty(c.count, batch, 3, c.size, c.size, device="meta") for c in views.crops}
     drawn = {"key": torch.zeros(batch, dtype=torch.int64, device="meta"), "images": images}
+    if views.cells:
+        counts = {c.name: c.count for c in views.crops}
+        drawn["cells"] = {c.name: torch.zeros(counts[c.name], batch, *c.grid, device="meta") for c in views.cells}
+        drawn["has_object"] = torch.zeros(batch, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter:
         loss, _ = ghost(drawn, 0)
         loss.backward()

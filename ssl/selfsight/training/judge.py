@@ -56,7 +56,8 @@ class Judge:
         """The backbone to judge and export; see `clean`. For a stream, statistics come from the last batch."""
         self.module.to(self.device)
         backbone = next(iter(self.module.objective.exports().values()))
-        if not spoiled(self.module.objective, backbone):
+        fresh = self.module.step == 0 and has_batchnorm(backbone)  # zeros and ones are nobody's statistics
+        if not fresh and not spoiled(self.module.objective, backbone):
             return backbone
         if self.batch_at is not None:
             return clean(backbone, map(self._prepared, fixed_ranges(self.cfg.batch_size)))
@@ -99,9 +100,17 @@ class Judge:
         return prepare(tree_map(lambda t: t.to(self.device), tensors), module.views, module.mean, module.std)
 
 
+def has_batchnorm(backbone: Backbone) -> bool:
+    return any(isinstance(m, _BatchNorm) for m in backbone.timm.modules())
+
+
 def spoiled(objective: Objective, backbone: Backbone) -> bool:
-    """Whether training on hidden cells left the backbone with BatchNorm statistics of images that nobody will show."""
-    return objective.needs.hide is not None and any(isinstance(m, _BatchNorm) for m in backbone.timm.modules())
+    """Whether training on hidden cells left the backbone with BatchNorm statistics of images that nobody will show.
+
+    A teacher sees whole views; its own running statistics are what it is judged and exported with.
+    """
+    taught = objective.teacher is not None and any(m is backbone for m in objective.teacher.modules())
+    return objective.needs.hide is not None and not taught and has_batchnorm(backbone)
 
 
 def clean(backbone: Backbone, batches: Iterable[Batch]) -> Backbone:

@@ -89,7 +89,7 @@ def write(
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> list[Path]:
-    """Write `reconstruction-<step>.png` (if the objective has pictures) and `pca-<step>.png`; returns their paths.
+    """Write `<objective.pictures_show>-<step>.png` (if the objective has pictures) and `pca-<step>.png`; returns their paths.
 
     batch: prepared and drawn, of which the first 8 samples are shown. mean, std: undo the normalisation.
     """
@@ -103,7 +103,7 @@ def write(
     with frozen(objective), frozen(backbone):
         if rows := objective.pictures(batch):
             sheet = grid({name: rgb(row) for name, row in rows.items()})
-            paths.append(save_png(sheet, folder / f"reconstruction-{step:07d}.png"))
+            paths.append(save_png(sheet, folder / f"{objective.pictures_show}-{step:07d}.png"))
         images = next(iter(batch["images"].values()))[0][:COLUMNS]
         _, patches = encode(backbone, images, patches=True)
         colours = pca_rgb(patches, backbone.grid(images.shape[-1]), images.shape[-1])

@@ -31,6 +31,7 @@ CURVES = {
 HIDDEN = {"step", "images", "epoch", "knn_raw_pixels", "bad_samples"}
 PICTURES = {
     "reconstruction": "What the model sees, and what it fills in",
+    "views": "Views of an image, and what the teacher looks at",
     "pca": "Principal components of the patch tokens: equal colours mean similar features",
 }
 TILES = (("knn", "k-NN", "{:.1f} %"), ("loss_last", "final loss", "{:.4g}"), ("rankme", "RankMe", "{:.1f}"),

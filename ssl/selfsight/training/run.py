@@ -108,6 +108,11 @@ class Run:
         if n < cfg.batch_size:
             fits = f"use batch_size={2 ** int(math.log2(n))} or less" if n else "is anything there?"
             raise DataError(f"{source.describe} has {n:,} samples, fewer than one batch of {cfg.batch_size}; {fits}")
+        if not source.has_objects and cfg.objective.get("no_mask") == "error":
+            raise DataError(
+                f"{source.describe} has no object masks and objective.no_mask=error: add objects.png or boxes.json, or "
+                "side-car shards (data.objects=, made by `selfsight proposals`), or use objective.no_mask=full"
+            )
         return source
 
     def _total_steps(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.objects import object_map
+from ..data.source import SampleError
 from .objects import TOUCH, Region
 from .spec import Crop
 
@@ -98,13 +99,19 @@ class AroundObject(NamedTuple):
     min_visible: float = 0.25
     locals: str = "random"
     sampling: str = "analytic"
+    required: bool = False  # a sample without objects is a bad sample
 
     def __call__(self, u: Uniform, crops: Sequence[Crop], height: int, width: int, sample: Any = None) -> Placed:
         """Boxes as `independent` gives them, and the object. SampleError if the sample's objects are malformed."""
         placed = Placed(independent(u, crops, height, width))
         ids = None if sample is None else object_map(sample)
         found = None if ids is None else _objects(ids)
-        if found and len(found[0]):
+        some = found is not None and len(found[0]) > 0
+        if self.required and not some:
+            raise SampleError(
+                sample.where, "it has no object mask, and objective.no_mask=error wants one (full does not)"
+            )
+        if some:
             lay = {"analytic": _analytic, "official": _rejected, "none": _as_they_lie}[self.sampling]
             lay(self, placed, _Image(u, tuple(crops), ids, *found, height, width))
         return placed
