@@ -79,7 +79,7 @@ def test_a_timm_model_has_no_steps_and_no_data_of_its_own(run):
     with pytest.raises(ProbeError, match="step=best chooses a checkpoint of a run folder, and resnet18 is none"):
         load_backbone("resnet18", step="best")
     unknown = Loaded(torch.nn.Identity(), (0.5,) * 3, (0.25,) * 3, 32, 1.0, {})
-    assert probes._data(settings("resnet18"), unknown).name == "scenes"
+    assert probes.choose_data(settings("resnet18"), unknown).name == "scenes"
 
 
 @pytest.mark.parametrize(("words", "workers"), [(("num_workers=0",), 0), (("num_workers=3",), 3)])

@@ -40,7 +40,7 @@ from .data.proposals import agreement, label_map, maskcut, resize_ids
 from .data.sidecar_writer import Labelled, SideCar, is_complete, plan, read_back, write
 from .data.source import DataError, SampleError, Source
 from .probes.bank import encode, normalise, subset
-from .probes.run import Loaded, _data, _device, _workers, load_backbone
+from .probes.run import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .schema import ConfigError
 from .training.pictures import grid as sheet
 from .training.pictures import save_png
@@ -269,9 +269,9 @@ def proposals(cfg: Any) -> dict[str, Any]:
     if not cfg.checkpoint:
         raise ConfigError("proposals needs checkpoint=, for example checkpoint=vit_small_patch16_224.dino")
     loaded = load_backbone(cfg.checkpoint, which=cfg.which, image_size=cfg.image_size, step=cfg.step)
-    finder = Finder(loaded, cfg.features, cfg.center, _device(cfg.device),
+    finder = Finder(loaded, cfg.features, cfg.center, choose_device(cfg.device),
                     objects=cfg.objects, tau=cfg.tau, min_area=cfg.min_area)  # fmt: skip
-    cfg.data = _data(cfg, loaded)
+    cfg.data = choose_data(cfg, loaded)
     source = _source(cfg, loaded.image_size)
     cars = plan(source, Path(cfg.out).expanduser() if cfg.out else None)
     folder, settings = cars[0].path.parent, _settings(cfg, loaded)
@@ -343,7 +343,7 @@ def _settings_before(folder: Path) -> dict[str, Any]:
 
 
 def _write_all(source: Source, todo: Sequence[SideCar], key: Callable[[int], str], finder: Finder, cfg: Any) -> int:
-    workers = _workers(cfg.num_workers)
+    workers = choose_workers(cfg.num_workers)
     total = sum(len(car.ids) for car in todo)
     with tqdm(None, "proposals", total, unit="img", leave=False, disable=None) as bar:
         for car in todo:

@@ -51,13 +51,13 @@ def probe(cfg: Any) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
     loaded = load_backbone(cfg.checkpoint, cfg.which, cfg.image_size, cfg.step)
-    cfg.data = _data(cfg, loaded)
+    cfg.data = choose_data(cfg, loaded)
     train, test, split = _splits(cfg, loaded.image_size)
-    device = _device(cfg.device)
+    device = choose_device(cfg.device)
     loaded.model.to(device)
     options = {
         "size": loaded.image_size, "crop_pct": loaded.crop_pct, "mean": loaded.mean, "std": loaded.std,
-        "batch_size": cfg.batch_size, "device": device, "workers": _workers(cfg.num_workers),
+        "batch_size": cfg.batch_size, "device": device, "workers": choose_workers(cfg.num_workers),
     }  # fmt: skip
     bank, queries = (extract(loaded.model, source, ids, **options) for source, ids in (train, test))
     _need_labels(train[0], bank, cfg.probe.name)
@@ -154,7 +154,7 @@ def _from_hub(name: str, image_size: int | None) -> Loaded:
     return Loaded(model, tuple(data["mean"]), tuple(data["std"]), size, data["crop_pct"], facts)
 
 
-def _data(cfg: Any, loaded: Loaded) -> DictConfig:
+def choose_data(cfg: Any, loaded: Loaded) -> DictConfig:
     """What was given, else what the run was trained on, else the built-in scenes."""
     if cfg.data is not None:
         return cfg.data
@@ -223,7 +223,8 @@ def _seen(loaded: Loaded, split: str) -> str:
             f"shorter side; tested on {split}.")  # fmt: skip
 
 
-def _device(word: str) -> torch.device:
+def choose_device(word: str) -> torch.device:
+    """The device of a `device=` word; ProbeError if it is not here."""
     if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if word in ("gpu", "cuda") and not torch.cuda.is_available():
@@ -231,7 +232,8 @@ def _device(word: str) -> torch.device:
     return torch.device("cuda" if word == "gpu" else word)
 
 
-def _workers(wanted: int | None) -> int:
+def choose_workers(wanted: int | None) -> int:
+    """Decoding threads: as given, else by the cores."""
     return min(8, os.cpu_count() or 1) if wanted is None else wanted
 
 
