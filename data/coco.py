@@ -4,7 +4,8 @@
                                        --val   val2017   annotations/instances_val2017.json
 
 Polygons are drawn with Pillow, run-length codes (also the compressed ones) are expanded with numpy. Large objects are
-painted first, so that small ones in front of them stay; crowds are left out. Up to 255 objects fit (the largest ones).
+painted first, so that small ones in front of them stay; crowds are left out. The 254 largest objects
+fit: 255 means ignore.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def mask_of(segmentation: dict | list, height: int, width: int) -> np.ndarray:
     return np.repeat(values, counts).reshape(width, height).T
 
 
+MOST = 254  # ids of one byte without 0, no object, and 255, ignore
+
+
 class Coco:
     """One split: a folder of images and its instances json."""
 
@@ -79,7 +83,7 @@ class Coco:
         entry = self.images[id]
         height, width = entry["height"], entry["width"]
         ids = np.zeros((height, width), np.uint8)
-        notes = sorted(self.objects.get(entry["id"], []), key=lambda note: -note["area"])[:255]
+        notes = sorted(self.objects.get(entry["id"], []), key=lambda note: -note["area"])[:MOST]
         try:
             for number, note in enumerate(notes, 1):
                 ids[mask_of(note["segmentation"], height, width)] = number
