@@ -21,5 +21,5 @@ def test_the_largest_254_of_many_objects_are_kept(tmp_path):
     content = {"images": [{"id": 7, "file_name": "7.png", "height": 10, "width": 30}], "annotations": notes}
     (tmp_path / "notes.json").write_text(json.dumps(content))
     raw = coco.Coco(str(tmp_path), str(tmp_path / "notes.json")).read(0)
-    ids = np.asarray(Image.open(io.BytesIO(raw.objects))).ravel()
+    ids = np.asarray(Image.open(io.BytesIO(raw.objects))).T.ravel()  # run lengths go down the columns
     assert ids[:254].tolist() == list(range(1, 255)) and not ids[254:].any()
