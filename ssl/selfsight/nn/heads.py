@@ -34,7 +34,7 @@ class PrototypeHead(nn.Module):
     """MLP with GELU to a bottleneck, length 1, prototypes: [*, D] -> [*, K] (DINO, section 3.1; iBOT).
 
     patch_prototypes: a second layer of prototypes on the same MLP (iBOT's unshared head); None: patches use the
-    first. batch_norm: before each GELU, over all processes.
+    first. batch_norm: before each GELU, over all processes. weight_norm: False for a plain linear last layer (DINOv3).
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class PrototypeHead(nn.Module):
         layers: int = 3,
         batch_norm: bool = False,
         learn_scale: bool = False,
+        weight_norm: bool = True,
         patch_prototypes: int | None = None,
     ):
         super().__init__()
@@ -63,8 +64,13 @@ class PrototypeHead(nn.Module):
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.last_layer = Prototypes(bottleneck, num_prototypes, learn_scale)
-        self.last_layer2 = Prototypes(bottleneck, patch_prototypes, learn_scale) if patch_prototypes else None
+
+        def prototypes(count: int) -> nn.Module:
+            plain = nn.Linear(bottleneck, count, bias=False)
+            return Prototypes(bottleneck, count, learn_scale) if weight_norm else plain
+
+        self.last_layer = prototypes(num_prototypes)
+        self.last_layer2 = prototypes(patch_prototypes) if patch_prototypes else None
         self.embed_fn, self.score_fn = run_mlp, run_prototypes
 
     def embed(self, x: Tensor) -> Tensor:
@@ -98,6 +104,6 @@ def run_mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
     return F.normalize(mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
 
 
-def run_prototypes(last: Prototypes, z: Tensor) -> Tensor:
+def run_prototypes(last: nn.Module, z: Tensor) -> Tensor:
     """[*, b] -> [*, K]."""
     return last(z)

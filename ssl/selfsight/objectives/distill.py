@@ -151,6 +151,7 @@ def prototype_head(cfg: Any, dim: int, **kwargs: Any) -> PrototypeHead:
     settings = {
         "num_prototypes": o.num_prototypes, "hidden": o.head_hidden, "bottleneck": o.head_bottleneck,
         "layers": o.head_layers, "batch_norm": o.head_batch_norm, "learn_scale": not o.norm_last_layer,
+        "weight_norm": o.weight_norm,
     }  # fmt: skip
     return PrototypeHead(dim, **settings | kwargs)
 
