@@ -222,6 +222,7 @@ class DINO:
     head_bottleneck: int | None = integer(None)
     head_layers: int = integer(3)
     head_batch_norm: bool = False
+    weight_norm: bool = True
     norm_last_layer: bool = True
     centering: str = one_of("center", "center", "sinkhorn")
     center_momentum: float = number(0.9, 0, 1)
@@ -379,6 +380,7 @@ class KNNProbe:
     temperature: float = number(0.07, 1e-4)
     center: bool = True
     bank: int | None = integer(None)
+    masks: str = one_of("none", "none", "largest", "first")
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
     checkpoint=<run folder | export folder | timm model>  step=last|best|N  probe=knn|linear  data=...  out=<folder>
 
 Without data= a run is probed on the data that it was trained on, a timm model on the built-in scenes.
+probe=knn probe.masks=largest|first: of each image the features of one object only, by its mask (runs only).
 
 The reported split chooses nothing: k and T are given, and the linear grid is chosen on held-out training images.
 """
@@ -31,6 +32,7 @@ from . import ProbeError
 from .bank import Features, crop_share, extract, subset
 from .knn import knn, standard_error
 from .linear import held_out, linear
+from .masks import THRESHOLD, WHICH, need_objects
 
 TEST_SHARE = 0.2  # of train, where there is no validation split
 
@@ -50,28 +52,33 @@ class Loaded(NamedTuple):
 def probe(cfg: Any) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
-    loaded = load_backbone(cfg.checkpoint, cfg.which, cfg.image_size, cfg.step)
+    masks = _masks(cfg)
+    loaded = load_backbone(cfg.checkpoint, cfg.which, cfg.image_size, cfg.step, masks=masks)
     cfg.data = choose_data(cfg, loaded)
     train, test, split = _splits(cfg, loaded.image_size)
+    need_objects(masks, train[0], test[0])
     device = choose_device(cfg.device)
     loaded.model.to(device)
     options = {
         "size": loaded.image_size, "crop_pct": loaded.crop_pct, "mean": loaded.mean, "std": loaded.std,
         "batch_size": cfg.batch_size, "device": device, "workers": choose_workers(cfg.num_workers),
+        "masks": masks,
     }  # fmt: skip
     bank, queries = (extract(loaded.model, source, ids, **options) for source, ids in (train, test))
     _need_labels(train[0], bank, cfg.probe.name)
     _need_labels(test[0], queries, cfg.probe.name)
     run = {"knn": _knn, "linear": _linear}[cfg.probe.name]
     numbers, protocol = run(cfg, bank, queries, device)
+    objects, looked = _objects(masks, bank, queries)
     result = {
         "probe": cfg.probe.name,
         **numbers,
         "standard_error": standard_error(numbers["top1"], len(queries.ids)),
         "unit": "percent",
-        "protocol": f"{protocol} {_seen(loaded, split)}",
+        "protocol": f"{protocol}{looked} {_seen(loaded, split)}",
         "n_bank": len(bank.ids),
         "n_query": len(queries.ids),
+        **objects,
         "bad_samples": [why for _, why in bank.bad + queries.bad],
         "seconds": round(time.monotonic() - started, 2),
         **loaded.facts,
@@ -89,22 +96,32 @@ def probe(cfg: Any) -> dict[str, Any]:
 
 
 def load_backbone(
-    checkpoint: str | None, which: str | None = None, image_size: int | None = None, step: str | int = "last"
+    checkpoint: str | None,
+    which: str | None = None,
+    image_size: int | None = None,
+    step: str | int = "last",
+    *,
+    masks: str = "none",
 ) -> Loaded:
     """Open a run folder, an export folder or a timm model with its pretrained weights; ProbeError names what works.
 
     A run folder is opened through its export/ folder if that is of the step asked for, else through its checkpoint.
-    image_size: None = the size it was trained at. step: last | best | a number, of a run folder.
+    image_size: None = the size it was trained at. step: last | best | a number, of a run folder. masks: other than
+    "none" needs a run folder, opened through its checkpoint: only our `Backbone` restricts its pooled feature.
     """
     if not checkpoint:
         raise ProbeError("a probe needs checkpoint=<run folder, export folder, or name of a timm model>")
     folder = Path(checkpoint).expanduser()
+    if masks != "none" and not is_run(folder):
+        what = "an export folder" if is_export(folder) else "no run folder"
+        raise ProbeError(f"probe.masks={masks} needs the checkpoint of a run folder, as timm's own models cannot look "
+                         f"at a part of an image; {checkpoint} is {what}: use checkpoint=<run folder>")  # fmt: skip
     if step != "last" and not is_run(folder):
         raise ProbeError(f"step={step} chooses a checkpoint of a run folder, and {checkpoint} is none; leave it out")
     if is_export(folder):
         return _from_timm(folder, image_size)
     if is_run(folder):
-        ready = current_export(folder, which, step)
+        ready = current_export(folder, which, step) if masks == "none" else None
         loaded = _from_timm(ready, image_size) if ready else _from_run(folder, which, image_size, step)
         return loaded._replace(data=config.read(folder / "config.yaml").get("data"))
     if folder.exists() or checkpoint.startswith(("/", ".", "~")):
@@ -183,6 +200,11 @@ def _splits(cfg: Any, image_size: int) -> tuple[tuple[Source, np.ndarray], tuple
     return (train, bank[subset(len(bank), cfg.probe.bank)]), (train, ids[in_test]), words
 
 
+def _masks(cfg: Any) -> str:
+    """probe.masks, which only k-NN has."""
+    return cfg.probe.get("masks") or "none"
+
+
 def _need_labels(source: Source, features: Features, name: str) -> None:
     missing = int((features.labels < 0).sum())
     if missing:
@@ -218,6 +240,18 @@ def _linear(cfg: Any, bank: Features, queries: Features, device: torch.device) -
     return numbers, words
 
 
+def _objects(masks: str, bank: Features, queries: Features) -> tuple[dict[str, Any], str]:
+    """How many images were seen through a mask: numbers for the result and a sentence; nothing without masks."""
+    if masks == "none":
+        return {}, ""
+    seen = {"bank": int(bank.shown.sum()), "query": int(queries.shown.sum())}
+    left = {"bank": len(bank.ids) - seen["bank"], "query": len(queries.ids) - seen["query"]}
+    words = (f" Of each image one object, {WHICH[masks]}: the pooled feature looks only at patches that its mask "
+             f"covers by {THRESHOLD:.0%} or more; {left['bank']:,} of {len(bank.ids):,} bank and {left['query']:,} of "
+             f"{len(queries.ids):,} query images show no object and are looked at whole.")  # fmt: skip
+    return {"masked": seen, "without_object": left}, words
+
+
 def _seen(loaded: Loaded, split: str) -> str:
     return (f"Backbone in eval mode; images {loaded.image_size} px, centre square of {loaded.crop_pct:.3g} of the "
             f"shorter side; tested on {split}.")  # fmt: skip
@@ -238,11 +272,14 @@ def choose_workers(wanted: int | None) -> int:
 
 
 def _write(cfg: Any, result: dict[str, Any]) -> Path:
-    """`<out>/<probe>.json`, complete or not at all. out: given, else <run>/probes (/<step>), else ./probes."""
+    """`<out>/<probe>.json`, complete or not at all. out: given, else <run>/probes (/<step>) (/masks-<which>), else
+    ./probes."""
     run = Path(cfg.checkpoint).expanduser()
     folder = Path(cfg.out) if cfg.out else run / "probes" if is_run(run) else Path("probes")
     if not cfg.out and cfg.step != "last":
         folder = folder / str(cfg.step)
+    if not cfg.out and (masks := _masks(cfg)) != "none":  # the number without masks is worth as much
+        folder = folder / f"masks-{masks}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cfg.probe.name}.json"
     tmp = path.with_name(f".{path.name}-{os.getpid()}")
@@ -253,6 +290,8 @@ def _write(cfg: Any, result: dict[str, Any]) -> Path:
 
 def _sentence(result: dict[str, Any], path: Path) -> str:
     bad = f", {len(result['bad_samples'])} unreadable samples left out" if result["bad_samples"] else ""
+    if "masked" in result:
+        bad += f", {sum(result['without_object'].values()):,} images without an object"
     return (f"{result['probe']} top-1 {result['top1']:.2f} % (± {result['standard_error']:.2f}), top-5 "
             f"{result['top5']:.2f} %, bank {result['n_bank']:,}, queries {result['n_query']:,}{bad}, "
             f"{result['seconds']:.0f} s -> {path}")  # fmt: skip
