@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
+import webdataset as wds
+from PIL import Image
 
 from selfsight import config
 from selfsight.training import checkpoint
@@ -22,21 +28,32 @@ TINY = (
     "trainer.accelerator=cpu", "trainer.devices=1", "num_workers=0", "log_every_n_steps=1", "pictures.every_n_steps=0",
 )  # fmt: skip
 
+SCENES = ("data.num_train", "data.num_val")  # keys of TINY that belong to the built-in scenes
+
 
 def run_here(run_dir: Path, *overrides: str, without: tuple[str, ...] = ()) -> dict:
     """Train in this process; signal handlers are put back. without: keys of TINY that do not apply."""
-    tiny = [word for word in TINY if word.split("=")[0] not in without]
+    cfg = config.load("train", [*_tiny(without), f"run_dir={run_dir}", *overrides])
+    return with_handlers_put_back(lambda: train(cfg))
+
+
+def _tiny(without: tuple[str, ...]) -> list[str]:
+    return [word for word in TINY if word.split("=")[0] not in without]
+
+
+def with_handlers_put_back(call: Callable[[], Any]) -> Any:
+    """The result of a call that installs signal handlers of its own."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)}
     try:
-        return train(config.load("train", [*tiny, f"run_dir={run_dir}", *overrides]))
+        return call()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
+def start(run_dir: Path, *overrides: str, without: tuple[str, ...] = ()) -> subprocess.Popen:
     """Start `python train.py …` with its output in <run_dir>.log; its own process group."""
-    command = [sys.executable, "train.py", *TINY, f"run_dir={run_dir}", *overrides]
+    command = [sys.executable, "train.py", *_tiny(without), f"run_dir={run_dir}", *overrides]
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums with other numbers of threads
     with run_dir.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
@@ -44,7 +61,7 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
         )
 
 
-def wait_for_step(run_dir: Path, process: subprocess.Popen, step: int, seconds: float = 120) -> None:
+def wait_for_step(run_dir: Path, process: subprocess.Popen, step: int, seconds: float = 240) -> None:
     """Until metrics.csv has a row of at least this step."""
     until = time.monotonic() + seconds
     path = run_dir / "metrics.csv"
@@ -61,6 +78,22 @@ def _lines(path: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return path.read_text().splitlines()[1:]
     return []
+
+
+def shard(path: Path, n: int, bad: Collection[int] = ()) -> str:
+    """A labelled shard of n images; those in `bad` are cut short. Returns its path."""
+    with wds.TarWriter(str(path)) as writer:
+        for i in range(n):
+            out = io.BytesIO()
+            Image.effect_noise((32, 32), 60 + i).convert("RGB").save(out, "JPEG")
+            image = out.getvalue()[:40] if i in bad else out.getvalue()
+            writer.write({"__key__": f"s{i:04d}", "jpg": image, "cls": str(i % 3)})
+    return str(path)
+
+
+def skipped(run_dir: Path) -> list[dict[str, Any]]:
+    """The bad samples that a run has listed."""
+    return [json.loads(line) for line in (run_dir / "skipped.jsonl").read_text().splitlines()]
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:

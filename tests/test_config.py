@@ -68,6 +68,10 @@ def test_absolute_learning_rate_wins():
     assert (optim.lr, optim.base_lr) == (0.01, None)  # the experiment's base rate would be printed as the rule
 
 
+def test_two_learning_rates_contradict_each_other():
+    assert "optim.lr and optim.base_lr are both given: keep one" in sentence("optim.lr=0.1", "optim.base_lr=0.1")
+
+
 @pytest.mark.parametrize("name", config.options("backbone"))
 def test_every_backbone_composes(name):
     cfg = train(f"backbone={name}", *(["backbone.name=resnet18"] if name == "timm" else []))

@@ -1,8 +1,10 @@
 """When a run is judged and when it draws: k-NN and pictures each at their own steps, off when told so."""
 
 import pytest
+import torch
 
 import runs
+from selfsight.objectives.objective import Objective
 from selfsight.training import judge
 from selfsight.training.log import read_metrics
 
@@ -40,3 +42,26 @@ def test_a_try_out_is_judged_only_when_asked(tmp_path):
     assert judged(tmp_path / "r") == drawn(tmp_path / "r") == []
     runs.run_here(tmp_path / "asked", "max_steps=3", "knn.every_n_steps=2", "pictures.every_n_steps=0", without=DRAW)
     assert judged(tmp_path / "asked") == [0, 2, 3] and drawn(tmp_path / "asked") == []
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_as_an_eager_one_and_judging_compiles_nothing(tmp_path, monkeypatch):
+    compile, evaluate, graphs = Objective.compile, judge.Judge.evaluate, []
+
+    def counted(self, *what):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        numbers = evaluate(self, *what)
+        graphs.append((before, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+        return numbers
+
+    words = ("max_steps=2", "knn.every_n_steps=1")
+    eager = runs.run_here(tmp_path / "eager", *words)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(Objective, "compile", lambda self, **words: compile(self, backend="aot_eager", **words))
+    monkeypatch.setattr(judge.Judge, "evaluate", counted)
+    compiled = runs.run_here(tmp_path / "compiled", *words, "trainer.compile=true")
+    assert graphs[0] == (0, 0) and graphs[1][0] > 0 and len(set(graphs[1] + graphs[2])) == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for key in ("loss_first", "loss_last", "knn_untrained", "rankme"):
+        assert compiled[key] == pytest.approx(eager[key], rel=1e-4), key

@@ -15,7 +15,7 @@ from selfsight.interop.export import ExportError, export, read_card
 from selfsight.probes import ProbeError
 from selfsight.probes import run as probes
 from selfsight.probes.run import Loaded, load_backbone, probe
-from selfsight.training import checkpoint
+from selfsight.training import checkpoint, judge
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +102,19 @@ def test_the_newest_usable_checkpoint_is_the_last_one(run, tmp_path):
     (newest / "model.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="is damaged"):
         assert load_backbone(str(tmp_path / "copy")).facts["step"] == 3
+
+
+def test_an_interrupted_run_with_batch_norm_exports_statistics_of_unmasked_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "BATCHNORM_IMAGES", 16)
+    words = ("backbone=shvit_nano_lite", "image_size=128", "batch_size=4", "max_steps=2", "data.num_train=16")
+    folder = tmp_path / "run"
+    runs.run_here(folder, *words, "knn.every_n_steps=0", without=("image_size", "batch_size", "data.num_train"))
+    finished = load_file(folder / "export" / "model.safetensors")
+    for name in ("export", "summary.json", "report.html"):  # as if it had been ended before its export
+        shutil.rmtree(folder / name) if name == "export" else (folder / name).unlink()
+    export(config.load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}"]))
+    late = load_file(tmp_path / "out" / "model.safetensors")
+    runs.assert_identical(finished, late)
+    kept = load_file(checkpoint.newest(folder / "checkpoints") / "model.safetensors")
+    moved = {k for k in late if not torch.equal(late[k], kept[f"student.timm.{k}"])}
+    assert moved and all(k.endswith(("running_mean", "running_var", "num_batches_tracked")) for k in moved)

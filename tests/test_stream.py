@@ -88,6 +88,13 @@ def test_a_sample_without_an_image_or_with_a_bad_label_is_listed(tmp_path):
     assert [e.why.split()[0:2] for e in stream.bad] == [["no", "image"], ["its", ".cls"]]
 
 
+@pytest.mark.parametrize("members", [[], [("a.txt", b"1")], [("a.cls", b"1")]])
+def test_a_stream_without_samples_ends_with_a_sentence(tmp_path, members):
+    path = write(tmp_path / "t.tar", members)
+    with pytest.raises(DataError, match=r"t\.tar … \(1 files\) hold no usable sample"):
+        next(iter(Stream(path)))
+
+
 def test_http_addresses_are_streamed(tmp_path):
     shard(tmp_path / "t-0.tar", "x")
 

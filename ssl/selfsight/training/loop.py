@@ -271,9 +271,13 @@ class AfterStep(pl.Callback):
             self.failed_saves, self.best_knn = 0, knn if is_best else self.best_knn
         except OSError as error:  # a full disk must not end a run whose earlier checkpoints stand
             self.failed_saves += 1
-            self.bar.line(f"checkpoint at step {module.step} FAILED: {error}; earlier ones stand, will try again")
             if must or self.failed_saves >= 3:
-                raise
+                raise RunStopped(
+                    f"the checkpoint of step {module.step} cannot be written ({error}): earlier ones stand; make room "
+                    f"in {folder}, and the same command continues from them",
+                    1,
+                ) from error
+            self.bar.line(f"checkpoint at step {module.step} FAILED: {error}; earlier ones stand, will try again")
 
     def _stop(self, trainer: pl.Trainer, message: str, code: int) -> None:
         self.stopped = RunStopped(message, code)

@@ -1,0 +1,104 @@
+"""Runs that meet trouble: bad samples, a full disk, a loss that is not finite. Counted, saved, said in a sentence."""
+
+import functools
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import runs
+from selfsight import cli
+from selfsight.config import ConfigError
+from selfsight.data.rng import key_of
+from selfsight.objectives.mae import MAE
+from selfsight.training import checkpoint
+from selfsight.training.log import read_metrics
+from selfsight.training.loop import RunStopped
+
+
+def test_bad_samples_of_a_stream_are_counted_and_listed(tmp_path):
+    pattern = runs.shard(tmp_path / "a.tar", 18, bad=(3, 9))
+    words = ("data=shards", "data.mode=stream", f"data.train={pattern}", "max_steps=2", "knn.every_n_steps=0")
+    summary = runs.run_here(tmp_path / "r", *words, without=runs.SCENES)
+    assert summary["bad_samples"] == 2
+    assert sorted(entry["where"][-5:] for entry in runs.skipped(tmp_path / "r")) == ["s0003", "s0009"]
+
+
+def test_a_bad_sample_is_listed_once_although_a_continued_run_meets_it_again(tmp_path):
+    pattern = runs.shard(tmp_path / "a.tar", 8, bad=(3,))
+    for steps in (1, 2):  # each step is an epoch
+        words = ("data=shards", f"data.train={pattern}", f"max_steps={steps}", "allow_change=true")
+        summary = runs.run_here(tmp_path / "r", *words, without=runs.SCENES)
+    assert [entry["id"] for entry in runs.skipped(tmp_path / "r")] == [3]
+    assert summary["bad_samples"] == 1 and read_metrics(tmp_path / "r" / "metrics.csv")[-1]["bad_samples"] == "1"
+
+
+@pytest.mark.parametrize("mode", ["exact", "stream"])
+def test_an_evaluation_set_that_cannot_be_used_is_said_and_the_run_goes_on(tmp_path, capsys, mode):
+    train, val = runs.shard(tmp_path / "a.tar", 16), runs.shard(tmp_path / "b.tar", 8, bad=range(8))
+    words = ("data=shards", f"data.mode={mode}", f"data.train={train}", f"data.val={val}")
+    summary = runs.run_here(tmp_path / "r", *words, "max_steps=1", "knn.every_n_steps=1", without=runs.SCENES)
+    said = {"exact": "no k-NN: 8 have no label or cannot be read", "stream": "no (none of 8 images of"}[mode]
+    assert said in capsys.readouterr().out
+    assert summary["loss_last"] is not None and summary["knn"] is None
+    assert (summary["rankme"] is None) == (mode == "stream")
+
+
+def test_a_run_beyond_the_length_that_is_asked_for_is_refused(tmp_path):
+    words = ("knn.every_n_steps=0", "allow_change=true")
+    runs.run_here(tmp_path / "r", "max_steps=2", *words)
+    with pytest.raises(ConfigError, match="already at step 2, beyond the 1 that are asked for: give a longer duration"):
+        runs.run_here(tmp_path / "r", "max_steps=1", *words)
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence_and_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
+    words = [*runs.TINY, f"run_dir={tmp_path / 'r'}", "knn.every_n_steps=0", "allow_change=true"]
+    runs.run_here(tmp_path / "r", "max_steps=1", *words[-2:])
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert runs.with_handlers_put_back(lambda: cli.main("train", [*words, "max_steps=2"])) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("stopped: the checkpoint of step 2 cannot be written") and said.count("\n") == 1
+    assert "No space left" in said and "earlier ones stand" in said
+    kept = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert kept.name == "step-000000001" and checkpoint.verify(kept) is None
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, monkeypatch, capsys):
+    save, calls = checkpoint.save_file, []
+
+    def full_at_first(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_at_first)
+    runs.run_here(tmp_path / "r", "max_steps=3", "knn.every_n_steps=0", "checkpoint.every_n_steps=1")
+    assert "checkpoint at step 1 FAILED" in capsys.readouterr().out
+    assert sorted(p.name[-1] for p in (tmp_path / "r" / "checkpoints").glob("step-*")) == ["2", "3"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_not_finite_saves_the_batch_that_it_came_from(tmp_path, monkeypatch, accumulation):
+    poison = int(key_of(0, torch.tensor([2 * 8 + 1]))[0])  # position 1 of step 2: the first of two micro-batches
+    loss = MAE.loss
+
+    @functools.wraps(loss)
+    def spoiled(self, batch, step):
+        value, logs = loss(self, batch, step)
+        return value + torch.where((batch["key"] == poison).any(), torch.nan, 0.0), logs
+
+    monkeypatch.setattr(MAE, "loss", spoiled)
+    words = ("max_steps=5", "knn.every_n_steps=0", "checkpoint.every_n_steps=1")
+    with pytest.raises(RunStopped, match=r"the loss is not finite at step 2; the batch is saved") as stopped:
+        runs.run_here(tmp_path / "r", *words, f"trainer.max_batch_per_device={8 // accumulation}")
+    assert stopped.value.code == 4
+    saved = load_file(tmp_path / "r" / "nonfinite-step-000000002-rank-0.safetensors")
+    assert saved["position"].tolist() == list(range(16, 16 + 8 // accumulation))
+    assert poison in saved["key"].tolist() and saved["crops.image"].shape[1] == 8 // accumulation
+    assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000002"
