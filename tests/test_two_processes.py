@@ -23,28 +23,29 @@ from selfsight.training.log import read_metrics
 from selfsight.training.loop import same_start
 from selfsight.views.photo import prepare
 
+CENTRED = ("objective.centering=center", "objective.koleo=0")
 CASES = {
     "mae vit_nano": ("objective=mae", "backbone=vit_nano", "image_size=32"),
     "mae convnextv2": ("objective=mae", "backbone=convnextv2_nano_lite", "image_size=64"),
     "mae convnext": ("objective=mae", "backbone=convnext_nano_lite", "image_size=64"),
     "mae shvit": ("objective=mae", "backbone=shvit_nano_lite", "image_size=128"),
-    "dino vit": ("objective=dino", "backbone=vit_nano", "image_size=32", "backbone.drop_path=0.2"),
+    "dino vit": ("objective=dino", "backbone=vit_nano", "image_size=32", "backbone.drop_path=0.2", *CENTRED),
     "dino vit sinkhorn": (
         "objective=dino", "backbone=vit_nano", "image_size=32", "objective.centering=sinkhorn", "objective.koleo=0.1",
         "objective.head_batch_norm=true",
     ),
     "dino convnext": ("objective=dino", "backbone=convnext_nano_lite", "image_size=64"),
-    "dino shvit": ("objective=dino", "backbone=shvit_nano_lite", "image_size=128"),
-    "ibot vit": ("objective=ibot", "backbone=vit_nano", "image_size=32"),
+    "dino shvit": ("objective=dino", "backbone=shvit_nano_lite", "image_size=128", *CENTRED),
+    "ibot vit": ("objective=ibot", "backbone=vit_nano", "image_size=32", *CENTRED),
     "ibot vit dinov2": (
         "objective=ibot", "backbone=vit_nano", "image_size=32", "objective.centering=sinkhorn", "objective.koleo=0.1",
         "objective.patch_head=separate",
     ),
     "ibot convnext": ("objective=ibot", "backbone=convnext_nano_lite", "image_size=64"),
     "ibot shvit": ("objective=ibot", "backbone=shvit_nano_lite", "image_size=128"),
-    "selfpatch vit": ("objective=selfpatch", "backbone=vit_nano", "image_size=32"),
+    "selfpatch vit": ("objective=selfpatch", "backbone=vit_nano", "image_size=32", *CENTRED),
     "selfpatch shvit": ("objective=selfpatch", "backbone=shvit_nano_lite", "image_size=128"),
-    "odis vit": ("objective=odis", "backbone=vit_nano", "image_size=32", "objective.no_mask=skip"),
+    "odis vit": ("objective=odis", "backbone=vit_nano", "image_size=32", "objective.no_mask=skip", *CENTRED),
     "odis convnext": ("objective=odis", "backbone=convnext_nano_lite", "image_size=64", "objective.no_mask=skip"),
     "odis shvit": ("objective=odis", "backbone=shvit_nano_lite", "image_size=128"),
 }  # fmt: skip

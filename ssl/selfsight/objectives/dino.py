@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.tokens import Needs
-from ..config import ConfigError
-from ..nn.heads import PrototypeHead
-from ..nn.losses import cross_view, koleo, other_views
+from ..nn.losses import cross_view, other_views
 from ..nn.targets import Center, sinkhorn
 from ..views.spec import Batch, Views
 from . import distill
@@ -29,35 +27,16 @@ class DINO(Distillation):
 
     needs = Needs()
 
-    def __init__(
-        self,
-        student: nn.ModuleDict,
-        views: Views,
-        pace: Pace,
-        *,
-        centering: str = "center",
-        center_momentum: float = 0.9,
-        student_temp: float = 0.1,
-        koleo: float = 0.0,
-        scope: str = "global",
-    ):
-        super().__init__(student, views, pace, center_momentum=center_momentum)
-        self.centering, self.student_temp, self.koleo, self.scope = centering, student_temp, koleo, scope
-        head: PrototypeHead = student["head"]
-        self.center = Center(head.num_prototypes)
+    def __init__(self, student: nn.ModuleDict, views: Views, pace: Pace, **kwargs: Any):
+        super().__init__(student, views, pace, **kwargs)
+        self.center = Center(student["head"].num_prototypes)
 
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> DINO:
-        o = cfg.objective
-        if cfg.batch_size < 2 and (o.koleo or o.centering == "sinkhorn"):
-            what = "objective.koleo" if o.koleo else "objective.centering=sinkhorn"
-            raise ConfigError(f"{what} compares the images of a batch and batch_size is 1: use 2 or more")
+        kwargs, pace = distill.settings(cfg), Pace.of(cfg, total_steps, steps_per_epoch)
         backbone = distill.multicrop_backbone(cfg, cls.needs)
         student = nn.ModuleDict({"backbone": backbone, "head": distill.prototype_head(cfg, backbone.embed_dim)})
-        return cls(
-            student, distill.multicrop(cfg), Pace.of(cfg, total_steps, steps_per_epoch), centering=o.centering,
-            center_momentum=o.center_momentum, student_temp=o.student_temp, koleo=o.koleo, scope=o.scope,
-        )  # fmt: skip
+        return cls(student, distill.multicrop(cfg), pace, **kwargs)
 
     def centers(self) -> list[nn.Module]:
         return [self.center] if self.centering == "center" else []
@@ -69,11 +48,6 @@ class DINO(Distillation):
             return self.center(logits, temp)
         distill.need_rows(logits.shape[1], self.scope, "objective.centering=sinkhorn")
         return sinkhorn(logits.flatten(0, 1), temp, scope=self.scope).unflatten(0, logits.shape[:2])
-
-    def spread(self, pooled: Tensor, rows: int) -> Tensor:
-        """KoLeo of each global view: pooled features, crop-major, of which the first 2 * rows are global."""
-        distill.need_rows(rows, self.scope, "objective.koleo")
-        return sum(koleo(view, self.scope) for view in pooled[: 2 * rows].split(rows))
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
         images, drop, rows = batch["images"], batch["drop"], batch["images"]["global"].shape[1]

@@ -15,7 +15,7 @@ from ..backbones import backbone_args, build_backbone
 from ..backbones.tokens import Backbone, BackboneError, Needs, Tokens
 from ..config import ConfigError, duration
 from ..nn.heads import PrototypeHead
-from ..nn.losses import entropy, world_size
+from ..nn.losses import entropy, koleo, world_size
 from ..training.schedules import Schedule, cosine, linear_then_constant, stairs
 from ..training.teacher import Ema, make_teacher, set_mode
 from ..views.masks import drop_table
@@ -51,9 +51,22 @@ class Distillation(Objective):
     Order of a step (DINO, algorithm 1): loss, gradients, prototypes frozen, clipping, weights, centres, teacher.
     """
 
-    def __init__(self, student: nn.ModuleDict, views: Views, pace: Pace, *, center_momentum: float = 0.9):
+    def __init__(
+        self,
+        student: nn.ModuleDict,
+        views: Views,
+        pace: Pace,
+        *,
+        centering: str = "center",
+        center_momentum: float = 0.9,
+        student_temp: float = 0.1,
+        koleo: float = 0.0,
+        scope: str = "global",
+    ):
         super().__init__()
-        self.student, self.pace, self.center_momentum = student, pace, center_momentum
+        self.student, self.pace = student, pace
+        self.centering, self.center_momentum, self.student_temp = centering, center_momentum, student_temp
+        self.koleo, self.scope = koleo, scope
         self.teacher = make_teacher(student)
         self.ema = Ema(self.teacher, student)
         self._views = views
@@ -91,6 +104,11 @@ class Distillation(Objective):
             center.apply_(self.center_momentum)
         self.ema.update_(self.pace.momentum(step))
 
+    def spread(self, pooled: Tensor, rows: int) -> Tensor:
+        """KoLeo of each global view, summed: pooled features [(2 + V) B, D], crop-major, `rows` = B."""
+        need_rows(rows, self.scope, "objective.koleo")
+        return sum(koleo(view, self.scope) for view in pooled[: 2 * rows].split(rows))
+
     def centers(self) -> list[nn.Module]:
         """The centres to move after a step."""
         return []
@@ -118,6 +136,15 @@ def need_rows(rows: int, scope: str, what: str) -> None:
 
 
 # --- building -----------------------------------------------------------------------------------------------------
+
+
+def settings(cfg: Any, *more: str) -> dict[str, Any]:
+    """Keyword arguments of an objective that stand in the config under the same names."""
+    o = cfg.objective
+    if cfg.batch_size < 2 and (o.koleo or o.centering == "sinkhorn"):
+        what = "objective.koleo" if o.koleo else "objective.centering=sinkhorn"
+        raise ConfigError(f"{what} compares the images of a batch and batch_size is 1: use 2 or more")
+    return {k: o[k] for k in ("centering", "center_momentum", "student_temp", "koleo", "scope", *more)}
 
 
 def multicrop(cfg: Any, place: Any = None, cells: tuple = ()) -> Views:

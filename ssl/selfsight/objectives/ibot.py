@@ -18,7 +18,7 @@ from ..backbones.tokens import Backbone, BackboneError, Needs, Replace, Tokens, 
 from ..config import ConfigError, duration
 from ..data.rng import fold, step_key
 from ..nn.heads import PrototypeHead
-from ..nn.losses import cross_entropy, cross_view, koleo, other_views
+from ..nn.losses import cross_entropy, cross_view, other_views
 from ..nn.targets import Center, sinkhorn
 from ..views.masks import block_mask, independent_counts, random_mask, slots, stratified_counts
 from ..views.spec import Batch, Views
@@ -27,6 +27,7 @@ from .distill import Distillation, Pace
 from .objective import Logs
 
 MIN_CELLS = 16  # fewer leave nothing to predict from
+OWN = ("patch_center", "center_mean", "pooled_loss", "patch_loss")  # keys beside those of `distill.settings`
 
 
 class Masking:
@@ -77,35 +78,25 @@ class IBOT(Distillation):
         pace: Pace,
         masking: Masking,
         *,
-        centering: str = "center",
-        center_momentum: float = 0.9,
         patch_center: str = "all",
         center_mean: str = "exact",
-        student_temp: float = 0.1,
         pooled_loss: float = 1.0,
         patch_loss: float = 1.0,
-        koleo: float = 0.0,
-        scope: str = "global",
+        **kwargs: Any,
     ):
-        super().__init__(student, views, pace, center_momentum=center_momentum)
-        self.masking, self.centering, self.patch_center, self.scope = masking, centering, patch_center, scope
-        self.student_temp, self.weights, self.koleo = student_temp, (pooled_loss, patch_loss), koleo
+        super().__init__(student, views, pace, **kwargs)
+        self.masking, self.patch_center, self.weights = masking, patch_center, (pooled_loss, patch_loss)
         self.center = Center(student["head"].num_prototypes)
         prototypes = self.patch_head(student).num_patch_prototypes
         self.center2 = Center(prototypes, official_mean=center_mean == "official")
 
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> IBOT:
-        o = cfg.objective
-        if cfg.batch_size < 2 and (o.koleo or o.centering == "sinkhorn"):
-            what = "objective.koleo" if o.koleo else "objective.centering=sinkhorn"
-            raise ConfigError(f"{what} compares the images of a batch and batch_size is 1: use 2 or more")
+        kwargs, pace = distill.settings(cfg, *OWN), Pace.of(cfg, total_steps, steps_per_epoch)
         backbone = distill.multicrop_backbone(cfg, cls.needs)
         student = nn.ModuleDict({"backbone": backbone} | patch_heads(cfg, backbone.embed_dim))
-        masking = masking_of(cfg, backbone, duration(o.mask_start).steps(total_steps, steps_per_epoch))
-        return cls(
-            student, distill.multicrop(cfg), Pace.of(cfg, total_steps, steps_per_epoch), masking, **settings(cfg)
-        )
+        masking = masking_of(cfg, backbone, duration(cfg.objective.mask_start).steps(total_steps, steps_per_epoch))
+        return cls(student, distill.multicrop(cfg), pace, masking, **kwargs)
 
     @staticmethod
     def patch_head(net: nn.ModuleDict) -> PrototypeHead:
@@ -175,8 +166,7 @@ class IBOT(Distillation):
         loss = self.weights[0] * pooled_loss + self.weights[1] * patch_loss
         logs = {"pooled": pooled_loss.detach(), "patch": patch_loss.detach()} | distill.health(target, pooled_loss)
         if self.koleo:
-            distill.need_rows(rows, self.scope, "objective.koleo")
-            spread = sum(koleo(view, self.scope) for view in pooled[: 2 * rows].split(rows))
+            spread = self.spread(pooled, rows)
             loss, logs = loss + self.koleo * spread, logs | {"koleo": spread.detach()}
         return loss, {"loss": loss.detach()} | logs
 
@@ -228,12 +218,3 @@ def masking_of(cfg: Any, backbone: Backbone, start: int) -> Masking:
         grid, cfg.batch_size, seed=cfg.seed, ratio=o.mask_ratio, share=o.mask_share, rule=o.masking,
         shape=o.mask_shape, start=start,
     )  # fmt: skip
-
-
-def settings(cfg: Any) -> dict[str, Any]:
-    """Keyword arguments of the objective that stand in the config under the same names."""
-    names = (
-        "centering", "center_momentum", "patch_center", "center_mean", "student_temp", "pooled_loss", "patch_loss",
-        "koleo", "scope",
-    )  # fmt: skip
-    return {name: cfg.objective[name] for name in names}

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.tokens import Backbone, Needs, Replace, Tokens
-from ..config import ConfigError, duration
+from ..config import duration
 from ..nn.class_attention import ClassAttention
 from ..nn.losses import global_mean
 from ..views.place import AroundObject
 from ..views.spec import Batch, Cells
 from . import distill
 from .distill import Distillation, Pace
-from .ibot import IBOT, masking_of, patch_heads, settings
+from .ibot import IBOT, OWN, masking_of, patch_heads
 
 LOCALS = {True: "object", False: "random"}
 
@@ -46,9 +46,7 @@ class ODIS(IBOT):
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> ODIS:
         o = cfg.objective
-        if cfg.batch_size < 2 and (o.koleo or o.centering == "sinkhorn"):
-            what = "objective.koleo" if o.koleo else "objective.centering=sinkhorn"
-            raise ConfigError(f"{what} compares the images of a batch and batch_size is 1: use 2 or more")
+        kwargs, pace = distill.settings(cfg, *OWN), Pace.of(cfg, total_steps, steps_per_epoch)
         backbone, student = object_networks(cfg, cls.needs)
         views = distill.multicrop(
             cfg,
@@ -64,8 +62,8 @@ class ODIS(IBOT):
         )
         masking = masking_of(cfg, backbone, duration(o.mask_start).steps(total_steps, steps_per_epoch))
         return cls(
-            student, views, Pace.of(cfg, total_steps, steps_per_epoch), masking, no_mask=o.no_mask,
-            restrict=o.object_pool != "none", exact_mean=o.exact_mean, **settings(cfg),
+            student, views, pace, masking, no_mask=o.no_mask, restrict=o.object_pool != "none",
+            exact_mean=o.exact_mean, **kwargs,
         )  # fmt: skip
 
     def draw(self, batch: Batch, step: int) -> Batch:

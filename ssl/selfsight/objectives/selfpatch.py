@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.tokens import Needs
-from ..config import ConfigError
 from ..nn.class_attention import ClassAttention
 from ..nn.losses import cross_entropy, cross_view, other_views
 from ..nn.neighbours import top_neighbours
@@ -40,24 +39,17 @@ class SelfPatch(Distillation):
         border: str = "clip",
         patch_loss: float = 0.1,
         patch_crops: str = "all",
-        centering: str = "center",
-        center_momentum: float = 0.9,
-        student_temp: float = 0.1,
-        scope: str = "global",
+        **kwargs: Any,
     ):
-        super().__init__(student, views, pace, center_momentum=center_momentum)
+        super().__init__(student, views, pace, **kwargs)
         self.neighbours, self.border, self.patch_loss, self.patch_crops = neighbours, border, patch_loss, patch_crops
-        self.centering, self.student_temp, self.scope = centering, student_temp, scope
         self.center = Center(student["c_head"].num_prototypes)
         self.patch_center = Center(student["p_head"].num_prototypes)
 
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> SelfPatch:
         o = cfg.objective
-        if o.koleo:
-            raise ConfigError("objective.koleo is not part of selfpatch: leave it out, or use objective=dino or ibot")
-        if o.centering == "sinkhorn" and cfg.batch_size < 2:
-            raise ConfigError("objective.centering=sinkhorn compares the images of a batch and batch_size is 1: use 2")
+        kwargs = distill.settings(cfg, "neighbours", "border", "patch_loss", "patch_crops")
         backbone = distill.multicrop_backbone(cfg, cls.needs)
         student = {
             "backbone": backbone,
@@ -65,11 +57,8 @@ class SelfPatch(Distillation):
             "c_head": distill.prototype_head(cfg, backbone.embed_dim),
             "p_head": distill.prototype_head(cfg, backbone.embed_dim, num_prototypes=o.num_patch_prototypes),
         }
-        return cls(
-            nn.ModuleDict(student), distill.multicrop(cfg), Pace.of(cfg, total_steps, steps_per_epoch),
-            neighbours=o.neighbours, border=o.border, patch_loss=o.patch_loss, patch_crops=o.patch_crops,
-            centering=o.centering, center_momentum=o.center_momentum, student_temp=o.student_temp, scope=o.scope,
-        )  # fmt: skip
+        pace = Pace.of(cfg, total_steps, steps_per_epoch)
+        return cls(nn.ModuleDict(student), distill.multicrop(cfg), pace, **kwargs)
 
     def centers(self) -> list[nn.Module]:
         return [self.center, self.patch_center] if self.centering == "center" else []
@@ -122,8 +111,11 @@ class SelfPatch(Distillation):
         image_loss = other_views(cross_view(target, logits, self.student_temp)).mean()
         patch_loss = torch.cat(patch_losses).mean()  # every view has the same weight, whatever its number of patches
         loss = image_loss + self.patch_loss * patch_loss
-        logs = {"loss": loss.detach(), "pooled": image_loss.detach(), "patch": patch_loss.detach()}
-        return loss, logs | distill.health(target, image_loss)
+        logs = {"pooled": image_loss.detach(), "patch": patch_loss.detach()}
+        if self.koleo:
+            spread = self.spread(torch.cat(pooled), rows)
+            loss, logs = loss + self.koleo * spread, logs | {"koleo": spread.detach()}
+        return loss, {"loss": loss.detach()} | logs | distill.health(target, image_loss)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:

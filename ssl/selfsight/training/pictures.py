@@ -89,7 +89,7 @@ def write(
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> list[Path]:
-    """Write `<objective.pictures_show>-<step>.png` (if the objective has pictures) and `pca-<step>.png`; returns their paths.
+    """Write `<objective.pictures_show>-<step>.png` (if it has pictures) and `pca-<step>.png`; returns their paths.
 
     batch: prepared and drawn, of which the first 8 samples are shown. mean, std: undo the normalisation.
     """
