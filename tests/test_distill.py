@@ -330,3 +330,9 @@ def test_pictures(name):
     rows = objective.pictures(batch)
     assert "global 1" in rows
     assert all(r.shape == (4, 3, 32, 32) and torch.isfinite(r).all() for r in rows.values())
+
+
+def test_a_model_of_one_input_size_refuses_local_views():
+    words = ("backbone=timm", "backbone.name=cait_xxs24_224", "image_size=224", "views.local.size=96")
+    with torch.device("meta"), pytest.raises(BackboneError, match=r"views\.local\.size=96 is not one that cait_xxs24"):
+        build("dino", *words)

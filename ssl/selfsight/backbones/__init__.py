@@ -110,8 +110,15 @@ def build_backbone(
 
 
 def _build(family: str, architecture: str, **kwargs: Any) -> Backbone:
+    from .tokens import BackboneError
+
     module, cls = _CLASSES[family].split(":")
-    backbone = getattr(importlib.import_module(f".{module}", __package__), cls)(architecture, **kwargs)
+    try:
+        backbone = getattr(importlib.import_module(f".{module}", __package__), cls)(architecture, **kwargs)
+    except AssertionError as error:  # how some timm models refuse an argument
+        raise BackboneError(
+            f"timm cannot build {architecture} in the way that this objective needs: {error}"
+        ) from error
     if not kwargs["needs"].pooled:
         backbone.freeze_pooled()
     if not next(backbone.parameters()).is_meta:  # there it is only asked whether it can be built

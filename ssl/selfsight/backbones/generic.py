@@ -51,6 +51,8 @@ class Generic(Backbone):
             raise BackboneError(f"timm cannot build {architecture} with {given}: {error}") from error
         self.timm = to_global(model)
         self._measure(image_sizes[0])
+        for size in image_sizes[1:]:
+            self._try(size)
         self.fused, self.fuse = plan_fusion(self, needs)
         if self.fuse is None and needs.stride is not None and self.patch_dim != self.embed_dim:
             self.fused, self.fuse = plan_fusion(self, needs._replace(stride=self.reductions[-1] - 1))
@@ -91,6 +93,19 @@ class Generic(Backbone):
         tokens = self._tokens(final)
         self.patch_dim, self.depth = tokens.shape[-1], len(maps)
         self.stride = round(size / math.isqrt(tokens.shape[1]))
+
+    @torch.no_grad()
+    def _try(self, size: int) -> None:
+        """BackboneError if the model takes its main size alone."""
+        training = self.timm.training
+        try:
+            self.timm.eval().forward_intermediates(torch.zeros(1, 3, size, size))
+        except Exception as error:  # as in `_measure`
+            raise BackboneError(
+                f"image size {size} is not one that {self.architecture} takes beside its main one ({error}); leave local "
+                "views out (views.local.n=0), or use a model whose input size is free"
+            ) from error
+        self.timm.train(training)
 
     def _tokens(self, final: Tensor) -> Tensor:
         """Final features in timm's layout -> patch tokens [B, N, D]."""

@@ -48,8 +48,9 @@ class Module(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = param_groups(self.objective, self.optim.weight_decay, self.optim.decay_rule)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        # A fused optimizer unscales float16 gradients itself, after we would have clipped them.
-        fused = self.device.type == "cuda" and scaler is None
+        # One kernel per step, on CPUs too, where torch would loop over parameters. Not with a scaler: a fused optimizer
+        # unscales float16 gradients itself, after we would have clipped them.
+        fused = self.device.type in ("cpu", "cuda") and scaler is None
         optimizer = build_adamw(groups, self.optim.lr, self.optim.betas, self.optim.eps, fused=fused)
         if self._optimizer_state is not None:
             load_optimizer_state(optimizer, self._optimizer_state)
@@ -76,7 +77,7 @@ class Module(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.objective.after_backward(self.step)
-        if self.optim.clip is None:
+        if not self.optim.clip:  # 0: off, whatever the recipe says
             return
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
         if self.optim.clip_mode == "per_tensor":

@@ -43,7 +43,7 @@ def param_groups(objective: Objective, weight_decay: float, rule: str = "default
 def build_adamw(
     groups: list[dict], lr: float, betas: tuple[float, float], eps: float, fused: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW; `fused` takes the one-kernel form (CUDA), else torch chooses the foreach one where it helps."""
+    """AdamW; `fused` takes the one-kernel form (CPU, CUDA), else torch chooses: a loop on CPUs, foreach on GPUs."""
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused or None)
 
 
