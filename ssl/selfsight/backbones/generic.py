@@ -102,8 +102,8 @@ class Generic(Backbone):
             self.timm.eval().forward_intermediates(torch.zeros(1, 3, size, size))
         except Exception as error:  # as in `_measure`
             raise BackboneError(
-                f"image size {size} is not one that {self.architecture} takes beside its main one ({error}); leave local "
-                "views out (views.local.n=0), or use a model whose input size is free"
+                f"image size {size} is not one that {self.architecture} takes beside its main one ({error}); leave "
+                "local views out (views.local.n=0), or use a model whose input size is free"
             ) from error
         self.timm.train(training)
 
