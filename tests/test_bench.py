@@ -169,6 +169,79 @@ def test_textbook_mae_step_has_our_loss_and_gradients(benchmarks):
     assert difference < 1e-5
 
 
+DISTILL = [
+    "backbone=vit_nano", "backbone.embed_dim=32", "backbone.depth=2", "backbone.drop_path=0.3", "image_size=32",
+    "views.local.size=16", "views.local.n=2", "objective.head_hidden=16", "objective.head_bottleneck=8",
+    "objective.num_prototypes=12", "objective.norm_last_layer=false", "objective.momentum=0.9", "optim.lr=0.01",
+    "optim.clip=0.01", "backbone.pos_resize=official", "batch_size=3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "per_crop", "keys"),
+    [
+        ("dino", True, []),
+        ("dino", False, []),
+        ("selfpatch", True, ["objective.num_patch_prototypes=6"]),
+        ("selfpatch", False, ["objective.num_patch_prototypes=6", "objective.border=wrap"]),
+    ],
+)
+def test_two_textbook_distillation_steps_lead_to_our_weights(benchmarks, name, per_crop, keys):
+    import distill_step
+
+    objective, cfg = distill_step.build(name, [*DISTILL, *keys])
+    batch = distill_step.crops(objective.double(), 3)
+    textbook = distill_step.TEXTBOOK[name](objective, cfg.optim, per_crop)
+    ours, start = distill_step.Ours(objective, cfg.optim), objective.student["backbone"].timm.pos_embed.detach().clone()
+    distill_step.check(objective, textbook, batch)  # asserts the same loss and gradients, and is no step
+    for step in range(2):
+        torch.testing.assert_close(textbook.gradients(batch, step), ours.gradients(batch, step), rtol=1e-9, atol=0)
+        textbook.update(step)
+        ours.update(step)
+    assert (objective.student["backbone"].timm.pos_embed - start).abs().max() > 0.01
+    for mine, theirs in ((objective.student, textbook.student), (objective.teacher, textbook.teacher)):
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for center, other in zip(objective.centers(), textbook.centers, strict=True):
+        torch.testing.assert_close(center.center, other, rtol=0, atol=1e-9)
+
+
+def test_distillation_benchmark_stops_where_the_steps_differ(benchmarks):
+    import distill_step
+
+    objective, cfg = distill_step.build("dino", DISTILL)
+    textbook = distill_step.TEXTBOOK["dino"](objective, cfg.optim)
+    textbook.centers[0] += torch.arange(12) / 12
+    with pytest.raises(AssertionError, match="losses differ"):
+        distill_step.check(objective, textbook, distill_step.crops(objective, 3))
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("objective.head_batch_norm=true", "batch norm"), ("objective.koleo=0.1", "objective.koleo=0")]
+)
+def test_distillation_benchmark_refuses_what_the_textbook_has_not(benchmarks, key, words):
+    import distill_step
+
+    objective, cfg = distill_step.build("dino", [*DISTILL, key])
+    with pytest.raises(config.ConfigError, match=words):
+        distill_step.TEXTBOOK["dino"](objective, cfg.optim)
+
+
+def test_distillation_benchmark_measures_all_variants_relative_to_ours(benchmarks):
+    import distill_step
+
+    args = distill_step.arguments(
+        ["--batch", "2", "--repeats", "1", "--backbone", "vit_nano", "--steps", "1", *DISTILL]
+    )
+    found = distill_step.measure("dino", args)
+    assert [label.split(",")[0] for label in found["variants"]] == ["ours", "textbook", "textbook"]
+    assert found["variants"]["ours"]["ratio"] == found["variants"]["ours"]["ratio_until_gradients"] == 1.0
+    assert all(
+        v["milliseconds"] > v["milliseconds_until_gradients"] > 0 and "peak_mib" not in v
+        for v in found["variants"].values()
+    )
+
+
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*tar")  # webdataset leaves the shard open
 def test_loader_benchmark_reads_the_same_samples_both_ways(benchmarks, tmp_path):
     import loader
