@@ -173,6 +173,8 @@ def test_rows_of_different_sizes_are_refused():
 
 def test_pictures_are_written_with_the_step_in_their_names(vit, tmp_path):
     class Fake(torch.nn.Module):
+        pictures_show = "reconstruction"
+
         def pictures(self, batch):
             return {"original": batch["images"]["image"][0]}
 

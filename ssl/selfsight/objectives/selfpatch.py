@@ -119,21 +119,22 @@ class SelfPatch(Distillation):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """The first global view, and four of its patches (red) with the neighbours that the teacher matches to them."""
-        views = batch["images"]["global"][:1]
-        tokens = self.encode(self.teacher, views, norm=False).patches
-        rows, columns = self.grid(views)
+        """The first global view; per row one of its patches (red) and the neighbours that the teacher matches to it."""
+        view = batch["images"]["global"][0]
+        tokens = self.encode(self.teacher, view[None], norm=False).patches
+        rows, columns = self.grid(view)
         ids, valid = top_neighbours(tokens, (rows, columns), self.neighbours, border=self.border)
-        where = [r * columns + c for r in (rows // 4, 3 * rows // 4) for c in (columns // 4, 3 * columns // 4)]
-        light = torch.full(tokens.shape[:2], 0.25, device=tokens.device)
-        chosen = torch.where(valid[:, where], ids[:, where], ids.new_tensor(where)[:, None]).flatten(1)
-        light = light.scatter(1, chosen, 1.0)
-        query = torch.zeros_like(light).index_fill(1, ids.new_tensor(where), 1.0)
+        low, high = view.amin((1, 2, 3), keepdim=True), view.amax((1, 2, 3), keepdim=True)
+        red = torch.cat([high, low, low], 1).expand_as(view)
 
         def enlarge(x: Tensor) -> Tensor:
-            return nn.functional.interpolate(x.unflatten(1, (rows, columns))[:, None], size=views.shape[-2:])
+            return nn.functional.interpolate(x.unflatten(1, (rows, columns))[:, None], size=view.shape[-2:])
 
-        low, high = views[0].amin((1, 2, 3), keepdim=True), views[0].amax((1, 2, 3), keepdim=True)
-        shown = torch.lerp(low, views[0], enlarge(light))
-        red = torch.cat([high, low, low], 1).expand_as(shown)
-        return {"global 1": views[0], "neighbours": torch.lerp(shown, red, 0.6 * enlarge(query))}
+        shown = {"global 1": view}
+        for r, c in ((rows // 4, columns // 4), (rows // 2, columns // 2), (3 * rows // 4, columns // 4)):
+            own = torch.zeros(tokens.shape[:2], device=tokens.device)
+            own[:, r * columns + c] = 1
+            light = (0.25 + own).scatter_reduce(1, ids[:, r * columns + c], valid[:, r * columns + c].to(own), "amax")
+            lit = torch.lerp(low, view, enlarge(light.clamp(max=1)))
+            shown[f"patch {r}, {c}"] = torch.lerp(lit, red, 0.5 * enlarge(own))
+        return shown
