@@ -52,9 +52,14 @@ def with_handlers_put_back(call: Callable[[], Any]) -> Any:
 
 
 def start(run_dir: Path, *overrides: str, without: tuple[str, ...] = ()) -> subprocess.Popen:
-    """Start `python train.py …` with its output in <run_dir>.log; its own process group."""
+    """Start `python train.py …` with its output in <run_dir>.log; its own process group.
+
+    Threads as here, since other numbers of threads give other sums; one per process where there are two, since threads
+    of two processes that wait for each other on the same cores are many times slower.
+    """
     command = [sys.executable, "train.py", *_tiny(without), f"run_dir={run_dir}", *overrides]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums with other numbers of threads
+    threads = 1 if "trainer.devices=2" in overrides else torch.get_num_threads()
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with run_dir.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=env
