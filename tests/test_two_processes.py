@@ -232,7 +232,7 @@ def test_batch_norm_on_two_devices_trains_is_judged_and_exports_as_on_one(tmp_pa
     left = ("image_size", "data.num_train")
     one = runs.run_here(tmp_path / "one", *words, without=left)
     process = runs.start(tmp_path / "two", *words, "trainer.devices=2", without=left)
-    assert process.wait(300) == 0, (tmp_path / "two.log").read_text()
+    assert process.wait(900) == 0, (tmp_path / "two.log").read_text()
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     for key in ("loss_first", "loss_last", "rankme", "feature_std"):
         assert two[key] == pytest.approx(one[key], rel=1e-3), key
