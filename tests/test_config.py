@@ -1,6 +1,7 @@
 """The configuration: strict keys, one sentence per error, and what fills the nulls."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from selfsight import config, schema
 from selfsight.config import ConfigError
+from selfsight.objectives import build_objective
+
+STREAM = ("data=shards", "data.train=x.tar", "data.mode=stream")
 
 
 def train(*overrides):
@@ -146,6 +150,10 @@ def test_wrong_values_are_named_with_what_is_expected(override):
         (["data.root=/d"], "add data=folder"),
         (["data.train=x.tar"], "add data=shards"),
         (["data.mode=stream"], "data=shards"),
+        ([*STREAM, "optim.warmup=2ep"], "optim.warmup=2ep: a stream has no epochs"),
+        ([*STREAM, "objective=dino", "objective.freeze_last_layer=1ep"], "objective.freeze_last_layer=1ep: a stream"),
+        ([*STREAM, "objective=ibot", "objective.mask_start=1ep"], "objective.mask_start=1ep: a stream"),
+        ([*STREAM, "objective=dino", "objective.teacher_temp_schedule=epoch"], "teacher_temp_schedule=epoch: a stream"),
         (["data=shards", "data.train=pipe:ls"], "shell command"),
         (["backbone=timm"], "backbone.name=resnet18"),
         (["backbone.name=resnet18"], "backbone=timm"),
@@ -160,6 +168,19 @@ def test_wrong_values_are_named_with_what_is_expected(override):
 )
 def test_keys_that_do_not_fit_together(overrides, words):
     assert words in sentence(*overrides)
+
+
+@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis"])
+def test_a_stream_gets_shares_where_the_recipe_counts_epochs(objective):
+    cfg = config.load("train", [f"objective={objective}", *STREAM, "max_steps=1000"])
+    assert cfg.optim.warmup.endswith("%")
+    for key in ("freeze_last_layer", "teacher_temp_warmup", "mask_start"):
+        assert not str(cfg.objective.get(key)).endswith("ep")
+    if objective == "dino":
+        assert cfg.objective.freeze_last_layer == "1%"  # one of a hundred epochs
+    small = {"num_prototypes": 8, "head_hidden": 8, "head_bottleneck": 8}
+    cfg.objective.update({k: v for k, v in small.items() if k in cfg.objective})
+    build_objective(cfg, total_steps=1000, steps_per_epoch=math.inf)
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,21 @@ def test_sinkhorn_on_one_image_per_process_needs_the_global_scope():
         objective(batch_of(objective, b=1), 0)
 
 
+def test_the_patch_centre_is_a_float32_mean_under_autocast():
+    """bfloat16 keeps 8 bits: the sum of a batch's logits would be off by parts in a hundred."""
+    objective = build("ibot", "objective.patch_head=separate", "objective.center_momentum=0")
+    batch = objective.draw(batch_of(objective, b=8), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.loss(batch, 0)
+        with torch.no_grad():
+            patches = objective.teacher["backbone"](batch["images"]["global"].flatten(0, 1)).patches
+            z = objective.teacher["patch_head"].embed(patches)
+    objective.after_step(0)
+    with torch.no_grad():
+        expected = objective.teacher["patch_head"].score(z.float()).flatten(0, 1).mean(0)
+    torch.testing.assert_close(objective.center2.center, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_pictures(name):
     objective = build(name)

@@ -297,6 +297,21 @@ def _check(command: str, cfg: DictConfig) -> None:
     if "backbone" in cfg:
         _check_backbone(cfg.backbone)
         _check_not_yet(cfg)
+        _check_epochs(cfg)
+
+
+def _check_epochs(cfg: DictConfig) -> None:
+    """A stream does not say how many images it has."""
+    if cfg.data.mode != "stream":
+        return
+    own = ("teacher_temp_warmup", "freeze_last_layer", "mask_start")
+    for group, key in [("optim", "warmup"), *(("objective", k) for k in own)]:
+        if str(value := cfg[group].get(key)).endswith("ep"):
+            raise ConfigError(
+                f"{group}.{key}={value}: a stream has no epochs; give steps (100) or a share of the run (5%)"
+            )
+    if cfg.objective.get("teacher_temp_schedule") == "epoch":
+        raise ConfigError("objective.teacher_temp_schedule=epoch: a stream has no epochs; use step")
 
 
 def _check_not_yet(cfg: DictConfig) -> None:
@@ -411,6 +426,9 @@ def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
             _fill(optim, "base_lr", fast.base_lr)
         _fill(optim, "weight_decay", fast.weight_decay)
         _fill(optim, "warmup", fast.warmup)
+    if cfg.data.mode == "stream" and "freeze_last_layer" in cfg.objective:
+        amount = duration(recipe.freeze_last_layer).amount  # epochs
+        _fill(cfg.objective, "freeze_last_layer", f"{100 * amount / recipe.max_epochs:g}%")
     _fill_fallbacks(cfg, recipe)
     _fill(cfg.backbone, "drop_path", 0.0)
     # A shorter or longer run than the recipe's keeps the recipe's share of warm-up, not its length.

@@ -257,7 +257,7 @@ class IBOT(DINO):
     mask_shape: str = one_of("block", "block", "random")
     mask_ratio: list[float] = numbers([0.1, 0.5], 2, 0, 0.95, rising=True)
     mask_share: float = number(0.5, 0, 1)
-    mask_start: Any = span("0ep")
+    mask_start: Any = span(0)
 
 
 @dataclasses.dataclass

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+MIN_CELLS = 16  # fewer leave next to nothing to predict from
+
 
 class BackboneError(ValueError):
     """A backbone cannot give what was asked of it; the message says what would work."""
@@ -129,6 +131,17 @@ class Backbone(nn.Module):
         """Compile the walker of one block (few graphs, short cold start, no state): `torch.compile(**kwargs)`."""
         allow_graphs()
         self.block_fn = torch.compile(self.block_fn, **kwargs)
+
+
+def need_cells(backbone: Backbone, size: int, what: str) -> None:
+    """BackboneError where images of `size` have too few cells for hiding some; `what` names the key."""
+    cells = math.prod(backbone.cells(size))
+    if cells < MIN_CELLS:
+        side = math.isqrt(MIN_CELLS - 1) + 1
+        raise BackboneError(
+            f"{what} gives {cells} maskable cells of {backbone.cell} px, and masked objectives need {MIN_CELLS}; "
+            f"use image_size={side * backbone.cell} or a smaller backbone.patch_size"
+        )
 
 
 def allow_graphs() -> None:

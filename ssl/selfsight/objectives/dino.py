@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backbones.tokens import Needs
 from ..nn.losses import cross_view, other_views
-from ..nn.targets import Center, sinkhorn
+from ..nn.targets import Center
 from ..views.spec import Batch, Views
 from . import distill
 from .distill import Distillation, Pace
@@ -38,22 +38,11 @@ class DINO(Distillation):
         student = nn.ModuleDict({"backbone": backbone, "head": distill.prototype_head(cfg, backbone.embed_dim)})
         return cls(student, distill.multicrop(cfg), pace, **kwargs)
 
-    def centers(self) -> list[nn.Module]:
-        return [self.center] if self.centering == "center" else []
-
-    def targets(self, logits: Tensor, step: int) -> Tensor:
-        """Teacher's logits [2, B, K] -> distributions."""
-        temp = self.pace.temp(step)
-        if self.centering == "center":
-            return self.center(logits, temp)
-        distill.need_rows(logits.shape[1], self.scope, "objective.centering=sinkhorn")
-        return sinkhorn(logits.flatten(0, 1), temp, scope=self.scope).unflatten(0, logits.shape[:2])
-
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
         images, drop, rows = batch["images"], batch["drop"], batch["images"]["global"].shape[1]
         with torch.no_grad():
             logits = self.teacher["head"](self.encode(self.teacher, images["global"]).pooled)
-            target = self.targets(logits.unflatten(0, (2, rows)), step)  # [2, B, K]
+            target = self.targets(logits.unflatten(0, (2, rows)), self.center, step)  # [2, B, K]
         pooled = torch.cat([self.encode(self.student, v, drop_path=drop[k]).pooled for k, v in images.items()])
         logits = self.student["head"](pooled).unflatten(0, (-1, rows))  # [2 + V, B, K]
         loss = other_views(cross_view(target, logits, self.student_temp)).mean()

@@ -16,6 +16,7 @@ from ..backbones.tokens import Backbone, BackboneError, Needs, Tokens
 from ..config import ConfigError, duration
 from ..nn.heads import PrototypeHead
 from ..nn.losses import entropy, koleo, world_size
+from ..nn.targets import Center, sinkhorn
 from ..training.schedules import Schedule, cosine, linear_then_constant, stairs
 from ..training.teacher import Ema, make_teacher, set_mode
 from ..views.masks import drop_table
@@ -81,6 +82,9 @@ class Distillation(Objective):
 
     def draw(self, batch: Batch, step: int) -> Batch:
         backbone: Backbone = self.student["backbone"]
+        for what, used in (("koleo", self.koleo > 0), ("centering=sinkhorn", self.centering == "sinkhorn")):
+            if used:
+                need_rows(len(batch["key"]), self.scope, f"objective.{what}")
         return batch | {
             "drop": {
                 c.name: drop_table(batch["key"], c.name, c.count, backbone.depth, backbone.drop_path_rate)
@@ -99,19 +103,30 @@ class Distillation(Objective):
                 if isinstance(module, PrototypeHead):
                     module.freeze_last()
 
+    def targets(self, logits: Tensor, center: Center, step: int, weight: Tensor | None = None) -> Tensor:
+        """Teacher's logits [*, K] -> distributions, centred or balanced over the batch; weight [*] of rows."""
+        temp = self.pace.temp(step)
+        if self.centering == "center":
+            return center(logits, temp, weight)
+        weight = None if weight is None else weight.flatten()
+        return sinkhorn(logits.flatten(0, -2), temp, weight, scope=self.scope).view_as(logits)
+
     def after_step(self, step: int) -> None:
         for center in self.centers():
             center.apply_(self.center_momentum)
         self.ema.update_(self.pace.momentum(step))
 
+    def centers(self) -> list[Center]:
+        """The centres that a step moves."""
+        return [m for m in self.children() if isinstance(m, Center)] if self.centering == "center" else []
+
     def spread(self, pooled: Tensor, rows: int) -> Tensor:
         """KoLeo of each global view, summed: pooled features [(2 + V) B, D], crop-major, `rows` = B."""
-        need_rows(rows, self.scope, "objective.koleo")
         return sum(koleo(view, self.scope) for view in pooled[: 2 * rows].split(rows))
 
-    def centers(self) -> list[nn.Module]:
-        """The centres to move after a step."""
-        return []
+    def compared(self) -> dict[str, str]:
+        own = {"Sinkhorn-Knopp": self.centering == "sinkhorn", "KoLeo": self.koleo > 0}
+        return super().compared() | {name: self.scope for name, used in own.items() if used}
 
     def exports(self) -> dict[str, Backbone]:
         return {"teacher": self.teacher["backbone"], "student": self.student["backbone"]}
@@ -156,7 +171,7 @@ def multicrop(cfg: Any, place: Any = None, cells: tuple = ()) -> Views:
     if kinds.local.n:
         photo = base._replace(blur_p=blur[2])
         crops.append(Crop("local", kinds.local.n, kinds.local.size, tuple(kinds.local.scale), photo=(photo,)))
-    return Views(tuple(crops), place, cells) if place or cells else Views(tuple(crops))
+    return Views(tuple(crops), place, cells)
 
 
 def multicrop_backbone(cfg: Any, needs: Needs) -> Backbone:
@@ -175,12 +190,12 @@ def multicrop_backbone(cfg: Any, needs: Needs) -> Backbone:
 def prototype_head(cfg: Any, dim: int, **kwargs: Any) -> PrototypeHead:
     """The head that the config describes; kwargs override."""
     o = cfg.objective
-    settings = {
+    described = {
         "num_prototypes": o.num_prototypes, "hidden": o.head_hidden, "bottleneck": o.head_bottleneck,
         "layers": o.head_layers, "batch_norm": o.head_batch_norm, "learn_scale": not o.norm_last_layer,
         "weight_norm": o.weight_norm,
     }  # fmt: skip
-    return PrototypeHead(dim, **settings | kwargs)
+    return PrototypeHead(dim, **described | kwargs)
 
 
 @torch.no_grad()

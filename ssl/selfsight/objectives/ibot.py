@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.tokens import Backbone, BackboneError, Needs, Replace, Tokens, pick
+from ..backbones.tokens import Backbone, Needs, Replace, Tokens, need_cells, pick
 from ..config import ConfigError, duration
 from ..data.rng import fold, step_key
 from ..nn.heads import PrototypeHead
-from ..nn.losses import cross_entropy, cross_view, other_views
-from ..nn.targets import Center, sinkhorn
+from ..nn.losses import cross_entropy, cross_view, full_precision, other_views, upcast
+from ..nn.targets import Center
 from ..views.masks import block_mask, independent_counts, random_mask, slots, stratified_counts
 from ..views.spec import Batch, Views
 from . import distill
 from .distill import Distillation, Pace
 from .objective import Logs
 
-MIN_CELLS = 16  # fewer leave nothing to predict from
 OWN = ("patch_center", "center_mean", "pooled_loss", "patch_loss")  # keys beside those of `distill.settings`
 
 
@@ -102,9 +101,6 @@ class IBOT(Distillation):
     def patch_head(net: nn.ModuleDict) -> PrototypeHead:
         return net["patch_head"] if "patch_head" in net else net["head"]
 
-    def centers(self) -> list[nn.Module]:
-        return [self.center, self.center2] if self.centering == "center" else []
-
     def draw(self, batch: Batch, step: int) -> Batch:
         batch = super().draw(batch, step)
         rows = torch.arange(len(batch["key"]), device=batch["key"].device)
@@ -116,27 +112,20 @@ class IBOT(Distillation):
 
     def pooled_targets(self, pooled: Tensor, rows: int, step: int, seen: Tensor | None) -> Tensor:
         """Teacher's pooled features [2 B, D] -> distributions [2, B, K]; seen [2 + V, B]: rows with 0 do not count."""
-        logits = self.teacher["head"](pooled)
-        weight = None if seen is None else seen[:2].flatten()
-        if self.centering == "center":
-            return self.center(logits, self.pace.temp(step), weight).unflatten(0, (2, rows))
-        distill.need_rows(rows, self.scope, "objective.centering=sinkhorn")
-        return sinkhorn(logits, self.pace.temp(step), weight, scope=self.scope).unflatten(0, (2, rows))
+        logits = self.teacher["head"](pooled).unflatten(0, (2, rows))
+        return self.targets(logits, self.center, step, None if seen is None else seen[:2])
 
     def patch_targets(self, patches: Tensor, ids: Tensor, weight: Tensor, step: int) -> Tensor:
         """Teacher's patches [2 B, N, D] -> distributions of the hidden ones [2 B, M, K]."""
-        head, temp = self.patch_head(self.teacher), self.pace.temp(step)
-        if self.centering == "sinkhorn":
-            logits = head(pick(patches, ids), patch=True)
-            target = sinkhorn(logits.flatten(0, 1), temp, weight.flatten(), scope=self.scope)
-            return target.unflatten(0, logits.shape[:2])
-        if self.patch_center == "masked":
-            return self.center2(head(pick(patches, ids), patch=True), temp, weight)
+        head = self.patch_head(self.teacher)
+        if self.centering == "sinkhorn" or self.patch_center == "masked":
+            return self.targets(head(pick(patches, ids), patch=True), self.center2, step, weight)
         # The last layer is linear: the sum of all patches' logits is the logits of the sum of their vectors.
         z = head.embed(patches)
-        total = head.score(z.flatten(0, 1).to(self.center2.center.dtype).sum(0, keepdim=True), patch=True)[0]
+        with full_precision(z):
+            total = head.score(upcast(z).flatten(0, 1).sum(0, keepdim=True), patch=True)[0]
         self.center2.add(total, torch.full_like(total[0], z.shape[0] * z.shape[1]))
-        return self.center2.targets(head.score(pick(z, ids), patch=True), temp)
+        return self.center2.targets(head.score(pick(z, ids), patch=True), self.pace.temp(step))
 
     def pooled_loss(self, pairs: Tensor, batch: Batch) -> Tensor:
         """Cross-entropies of all pairs of views, [2, 2 + V, B] -> scalar."""
@@ -208,12 +197,7 @@ def masking_of(cfg: Any, backbone: Backbone, start: int) -> Masking:
     """The masking that the config describes; BackboneError if the view has too few cells."""
     o, size = cfg.objective, cfg.views["global"].size
     grid = backbone.cells(size)
-    if math.prod(grid) < MIN_CELLS:
-        side = math.isqrt(MIN_CELLS - 1) + 1
-        raise BackboneError(
-            f"views.global.size={size} gives {math.prod(grid)} maskable cells of {backbone.cell} px, and masked "
-            f"objectives need {MIN_CELLS}; use image_size={side * backbone.cell} or a smaller backbone.patch_size"
-        )
+    need_cells(backbone, size, f"views.global.size={size}")
     return Masking(
         grid, cfg.batch_size, seed=cfg.seed, ratio=o.mask_ratio, share=o.mask_share, rule=o.masking,
         shape=o.mask_shape, start=start,

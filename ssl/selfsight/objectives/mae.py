@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import backbone_args, build_backbone
-from ..backbones.tokens import Backbone, BackboneError, Drop, Needs, patchify, pick, unpatchify
+from ..backbones.tokens import Backbone, BackboneError, Drop, Needs, need_cells, patchify, pick, unpatchify
 from ..nn.decoders import build_decoder
 from ..nn.losses import standardise, upcast
 from ..views.masks import random_split
 from ..views.spec import Batch, Crop, Views
 from .objective import Logs, Objective
-
-MIN_CELLS = 16  # fewer give the decoder next to nothing to see
 
 
 class MAE(Objective):
@@ -49,12 +47,7 @@ class MAE(Objective):
         self.cells = math.prod(backbone.cells(image_size))
         self.mask_ratio = decoder.mask_ratio if mask_ratio is None else mask_ratio
         self.keep = decoder.keep(self.cells, self.mask_ratio)
-        if self.cells < MIN_CELLS:
-            side = math.isqrt(MIN_CELLS - 1) + 1
-            raise BackboneError(
-                f"image size {image_size} gives {self.cells} maskable cells of {backbone.cell} px, and masked "
-                f"objectives need {MIN_CELLS}; use image_size={side * backbone.cell} or a smaller backbone.patch_size"
-            )
+        need_cells(backbone, image_size, f"image size {image_size}")
         if not 0 < self.keep < self.cells:
             raise BackboneError(
                 f"objective.mask_ratio={self.mask_ratio} keeps {self.keep} of {self.cells} cells; "

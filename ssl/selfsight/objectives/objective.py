@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..backbones.tokens import Backbone, Needs
+from ..nn.global_batchnorm import GlobalBatchNorm
 from ..views.spec import Batch, Views
 
 Logs = dict[str, Tensor]
@@ -53,6 +54,13 @@ class Objective(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Once per optimizer step, after the weights moved: centres, then EMA."""
+
+    def compared(self) -> dict[str, str]:
+        """What uses statistics over the images of a batch -> over which: "global" (all processes) or "rank".
+
+        Under accumulation such a part sees a micro-batch instead of the batch, and the run says so.
+        """
+        return {"BatchNorm": "global"} if any(isinstance(m, GlobalBatchNorm) for m in self.modules()) else {}
 
     def exports(self) -> dict[str, Backbone]:
         """Backbones that can be exported and probed; the first is the default."""

@@ -48,16 +48,13 @@ class ODIS(IBOT):
         o = cfg.objective
         kwargs, pace = distill.settings(cfg, *OWN), Pace.of(cfg, total_steps, steps_per_epoch)
         backbone, student = object_networks(cfg, cls.needs)
+        place = AroundObject(
+            min_area=o.min_area, choice=o.object_choice, min_visible=o.min_visible, locals=LOCALS[o.object_locals],
+            sampling=o.object_crops, required=o.no_mask == "error",
+        )  # fmt: skip
         views = distill.multicrop(
             cfg,
-            AroundObject(
-                o.min_area,
-                o.object_choice,
-                o.min_visible,
-                LOCALS[o.object_locals],
-                o.object_crops,
-                o.no_mask == "error",
-            ),
+            place,
             (Cells("global", backbone.grid(cfg.views["global"].size), o.object_shape, margin=o.object_margin),),
         )
         masking = masking_of(cfg, backbone, duration(o.mask_start).steps(total_steps, steps_per_epoch))

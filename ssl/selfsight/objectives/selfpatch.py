@@ -17,7 +17,7 @@ from ..backbones.tokens import Needs
 from ..nn.class_attention import ClassAttention
 from ..nn.losses import cross_entropy, cross_view, other_views
 from ..nn.neighbours import top_neighbours
-from ..nn.targets import Center, sinkhorn
+from ..nn.targets import Center
 from ..views.spec import Batch, Views
 from . import distill
 from .distill import Distillation, Pace
@@ -60,9 +60,6 @@ class SelfPatch(Distillation):
         pace = Pace.of(cfg, total_steps, steps_per_epoch)
         return cls(nn.ModuleDict(student), distill.multicrop(cfg), pace, **kwargs)
 
-    def centers(self) -> list[nn.Module]:
-        return [self.center, self.patch_center] if self.centering == "center" else []
-
     def grid(self, views: Tensor) -> tuple[int, int]:
         return self.student["backbone"].grid(views.shape[-1])
 
@@ -81,16 +78,8 @@ class SelfPatch(Distillation):
         patches = pool.aggregate(projected, ids, valid if self.border == "clip" else None)
         return pool.normed(pool.pool(projected)), pool.normed(patches)
 
-    def targets(self, logits: Tensor, center: Center, step: int) -> Tensor:
-        if self.centering == "center":
-            return center(logits, self.pace.temp(step))
-        rows = logits.flatten(0, -2)
-        return sinkhorn(rows, self.pace.temp(step), scope=self.scope).reshape(logits.shape)
-
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
         images, drop, rows = batch["images"], batch["drop"], batch["images"]["global"].shape[1]
-        if self.centering == "sinkhorn":
-            distill.need_rows(rows, self.scope, "objective.centering=sinkhorn")
         seen = images if self.patch_crops == "all" else {"global": images["global"]}
         pooled, pooled_targets, patch_losses = [], [], []
         for kind, views in images.items():

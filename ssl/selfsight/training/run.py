@@ -220,8 +220,6 @@ class Run:
 
     def _schedule(self):
         o = self.cfg.optim
-        if self.streaming and str(o.warmup).endswith("ep"):
-            raise config.ConfigError("a stream has no epochs: give optim.warmup in steps (100) or as a share (5%)")
         warmup = min(config.duration(o.warmup).steps(self.total_steps, self.steps_per_epoch), self.total_steps)
         return warmup_cosine(o.lr, self.total_steps, warmup, o.min_lr, inclusive=o.schedule == "official")
 
@@ -274,8 +272,8 @@ class Run:
             first_screen(
                 cfg, objective, next(iter(objective.exports().values())), num_samples=self.num_samples,
                 labelled=self.source.labelled, describe=self.source.describe,
-                left_out=getattr(self.source, "left_out", ""), steps=self.total_steps, world=world,
-                micro_batches=plan.micro_batches, workers=workers, device=str(device), precision=precision,
+                left_out=getattr(self.source, "left_out", ""), objects=self._objects(), steps=self.total_steps,
+                world=world, micro_batches=plan.micro_batches, workers=workers, device=str(device), precision=precision,
                 resuming=resuming,
             ),
             flush=True,
@@ -293,6 +291,14 @@ class Run:
             print(f"  judged      every {plan.knn_every:,} steps: {self.judge.describe}", flush=True)
         if self.start == 0:
             self._untrained(bool(plan.knn_every), bool(plan.pictures_every))
+
+    def _objects(self) -> str:
+        """What an objective that asks for objects does without any."""
+        if self.cfg.objective.get("no_mask") is None or self.source.has_objects:
+            return ""
+        skip = self.cfg.objective.no_mask == "skip"
+        does = "the pooled loss is left out" if skip else "every image counts as one object, as in iBOT"
+        return f"none in the data: {does} (objective.no_mask={self.cfg.objective.no_mask})"
 
     def _sink(self) -> Any:
         if self.cfg.logger.name != "wandb":

@@ -20,6 +20,7 @@ def first_screen(
     labelled: bool,
     describe: str,
     left_out: str,
+    objects: str,
     steps: int,
     world: int,
     micro_batches: int,
@@ -37,19 +38,38 @@ def first_screen(
     known = f"{count(num_samples)} images, {'with labels' if labelled else 'no labels'}: " if num_samples else ""
     epochs = f", {images / num_samples:.4g} epochs" if num_samples else ""
     others = [f"  left out    {left_out}"] if left_out else []
+    others += [f"  objects     {objects}"] if objects else []
+    end = f" to {o.weight_decay_end:g}" if o.weight_decay_end != o.weight_decay else ""
+    groups = [f"  statistics  {line}" for line in compared(objective.compared(), cfg.batch_size, world, micro_batches)]
     lines = [
         f"{cfg.objective.name} on {cfg.backbone.name} ({backbone.architecture}, {cfg.image_size} px)",
         f"  data        {known}{describe}",
         *others,
         f"  batch       {cfg.batch_size} over {_many(world, 'process', 'es')}{micro}, "
         f"{_many(workers, 'loader worker', 's')} each",
+        *groups,
         f"  length      {steps:,} steps = {count(images)} images{epochs}",
         f"  parameters  {part:.2f} M in the backbone, {whole:.2f} M in all",
-        f"  optimizer   {o.name}, lr {o.lr:.3g}{rule}, weight decay {o.weight_decay:g}, warm-up {_warmup(o.warmup)}",
+        f"  optimizer   {o.name}, lr {o.lr:.3g}{rule}, weight decay {o.weight_decay:g}{end}, "
+        f"warm-up {_warmup(o.warmup)}",
         f"  device      {device}, precision {precision}",
         f"  output      {cfg.run_dir}",
     ]
     return "\n".join(lines + ([f"  resuming    {resuming}"] if resuming else []))
+
+
+def compared(parts: dict[str, str], batch_size: int, world: int, micro_batches: int) -> list[str]:
+    """What does not see the whole batch, a line for each number of images that it sees (see `Objective.compared`)."""
+    micro = " (a micro-batch)" if micro_batches > 1 else ""
+    lines = []
+    for scope, images, where in (
+        ("global", batch_size // micro_batches, f"all processes together{micro}"),
+        ("rank", batch_size // micro_batches // world, f"each process for itself{micro}"),
+    ):
+        names = [name for name, over in parts.items() if over == scope]
+        if names and images < batch_size:
+            lines.append(f"{' and '.join(names)} over {images} of {batch_size} images: {where}")
+    return lines
 
 
 def _many(n: int, word: str, plural: str) -> str:
