@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import nn
 
+from golden_cases import part
 from selfsight.backbones.tokens import Needs
 from selfsight.backbones.vit import ViT
 from selfsight.interop.layouts import detect, split
 from selfsight.nn.heads import PrototypeHead
-from selfsight.objectives.distill import Pace
+from selfsight.objectives.distill import Distillation, Pace
+from selfsight.training.optim import build_adamw, clip_per_tensor, param_groups
 from selfsight.training.schedules import stairs, warmup_cosine
 from selfsight.views.spec import Crop, Views
 
@@ -62,6 +67,37 @@ def views_of(crops: list[torch.Tensor]) -> dict:
     if len(crops) > 2:
         images["local"] = torch.stack(crops[2:])
     return {"images": images, "drop": dict.fromkeys(images)}
+
+
+def trace(objective: Distillation, config: dict, t: dict) -> Iterator[tuple[int, torch.Tensor, dict]]:
+    """The official training loop from a golden's states over its crops; step, loss and logs after each step.
+
+    Schedules of rate, decay and momentum, per-tensor clipping, frozen prototypes, centres, teacher.
+    """
+    per_epoch, total = config["iters_per_epoch"], config["epochs"] * config["iters_per_epoch"]
+    load(objective.student, part(t, "state.", torch.float64))
+    load(objective.teacher, part(t, "state.", torch.float64))
+    groups = param_groups(objective, config["weight_decay"], rule="official")
+    optimizer = build_adamw(groups, config["lr"], (0.9, 0.999), 1e-8)
+    peak = config["lr"] * config["batch"] / 256
+    lr = warmup_cosine(peak, total, config["warmup_epochs"] * per_epoch, config["min_lr"], inclusive=True)
+    decay = warmup_cosine(config["weight_decay"], total, 0, config["weight_decay_end"])
+    for step in range(total):
+        used = {"lr": lr(step), "wd": decay(step), "momentum": objective.pace.momentum(step)}
+        for name, value in used.items():
+            if f"output.schedule_{name}" in t:
+                assert value == pytest.approx(t[f"output.schedule_{name}"][step].item(), abs=1e-12), (name, step)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = used["lr"], used["wd"] if group["decayed"] else 0.0
+        crops = [t[f"input.iter{step % per_epoch}.crop{i}"].double() for i in range(2 + config["n_local"])]
+        loss, logs = objective.loss(views_of(crops), step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        objective.after_backward(step)
+        clip_per_tensor(objective.student.parameters(), config["clip_grad"])
+        optimizer.step()
+        objective.after_step(step)
+        yield step, loss.detach(), logs
 
 
 def pace(config: dict, per_epoch: int = 1) -> Pace:

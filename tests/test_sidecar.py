@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ from selfsight.data import open_source
 from selfsight.data.manifest import Shards, index
 from selfsight.data.objects import object_map
 from selfsight.data.source import DataError, SampleError
+from tars import write
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +24,6 @@ def png(value: int) -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.full((2, 2), value, np.uint8)).save(out, "PNG")
     return out.getvalue()
-
-
-def write(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def shards(folder, inside: dict[str, int] | None = None) -> str:
