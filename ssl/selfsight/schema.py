@@ -166,6 +166,7 @@ class Fallback:
     freeze_last_layer: Any = span(None)
     centering: str | None = one_of(None, "center", "sinkhorn")
     koleo: float | None = number(None)
+    blur_p: list[float] | None = numbers(None, 3, 0, 1)
     global_scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
     local_scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
     local_n: int | None = integer(None, 0)
@@ -239,7 +240,7 @@ class DINO:
     momentum_end: float = number(1.0, 0, 1)
     freeze_last_layer: Any = span(None)
     koleo: float | None = number(None)
-    blur_p: list[float] = numbers([1.0, 0.1, 0.5], 3, 0, 1)
+    blur_p: list[float] | None = numbers(None, 3, 0, 1)
     scope: str = one_of("global", "global", "rank")
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
 
