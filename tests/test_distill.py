@@ -264,6 +264,15 @@ def test_koleo_equals_the_textbook():
     assert koleo(x).item() == pytest.approx(-sum(map(math.log, nearest)) / 7, rel=1e-6)
 
 
+def test_selfpatch_spreads_what_it_exports():
+    """The mean of the patches, which k-NN sees, not the class attention's feature, which stays behind."""
+    objective = build("selfpatch", "objective.koleo=1.0").eval()
+    batch = objective.draw(batch_of(objective), 0)
+    _, logs = objective.loss(batch, 0)
+    pooled = [objective.student["backbone"](view, norm=True).pooled for view in batch["images"]["global"]]
+    assert logs["koleo"].item() == pytest.approx(sum(koleo(p).item() for p in pooled), rel=1e-5)
+
+
 def test_mask_counts_are_exact_and_dealt_over_the_global_batch():
     rows = torch.arange(64)
     deals = [stratified_counts(key, rows, 64, 100, 0.5, (0.1, 0.5)) for key in (1, 2)]

@@ -81,10 +81,11 @@ class SelfPatch(Distillation):
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
         images, drop, rows = batch["images"], batch["drop"], batch["images"]["global"].shape[1]
         seen = images if self.patch_crops == "all" else {"global": images["global"]}
-        pooled, pooled_targets, patch_losses = [], [], []
+        pooled, means, pooled_targets, patch_losses = [], [], [], []
         for kind, views in images.items():
             mine, patches = self.student_view(views, drop[kind])
             pooled.append(mine)
+            means.append(patches.mean(1))
             if kind not in seen:
                 continue
             with torch.no_grad():
@@ -102,7 +103,7 @@ class SelfPatch(Distillation):
         loss = image_loss + self.patch_loss * patch_loss
         logs = {"pooled": image_loss.detach(), "patch": patch_loss.detach()}
         if self.koleo:
-            spread = self.spread(torch.cat(pooled), rows)
+            spread = self.spread(means[0], rows)  # of what is exported: the mean of the patches
             loss, logs = loss + self.koleo * spread, logs | {"koleo": spread.detach()}
         return loss, {"loss": loss.detach()} | logs | distill.health(target, image_loss)
 
