@@ -27,7 +27,8 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(dim, num_prototypes, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        # What torch's own weight norm calls: one pass forward and one backward over the largest matrix of a step.
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
 
 
 class PrototypeHead(nn.Module):
