@@ -241,6 +241,7 @@ class DINO:
     freeze_last_layer: Any = span(None)
     koleo: float | None = number(None)
     blur_p: list[float] | None = numbers(None, 3, 0, 1)
+    color: float = number(1.0, 0, 2)
     scope: str = one_of("global", "global", "rank")
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
 

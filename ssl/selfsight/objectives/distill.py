@@ -164,9 +164,9 @@ def settings(cfg: Any, *more: str) -> dict[str, Any]:
 
 def multicrop(cfg: Any, place: Any = None, cells: tuple = ()) -> Views:
     """DINO's views: two global, n local; blur and solarize differ between the first and the second global one."""
-    blur, kinds = cfg.objective.blur_p, cfg.views
-    base = Photo((0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2)
-    photos = base._replace(blur_p=blur[0]), base._replace(blur_p=blur[1], solarize_p=0.2)
+    blur, color, kinds = cfg.objective.blur_p, cfg.objective.color, cfg.views
+    base = Photo(tuple(color * s for s in (0.4, 0.4, 0.2, 0.1)), jitter_p=0.8, gray_p=0.2 * color)
+    photos = base._replace(blur_p=blur[0]), base._replace(blur_p=blur[1], solarize_p=0.2 * color)
     crops = [Crop("global", 2, kinds["global"].size, tuple(kinds["global"].scale), photo=photos)]
     if kinds.local.n:
         photo = base._replace(blur_p=blur[2])
