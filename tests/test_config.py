@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,6 +169,17 @@ def test_wrong_values_are_named_with_what_is_expected(override):
 )
 def test_keys_that_do_not_fit_together(overrides, words):
     assert words in sentence(*overrides)
+
+
+def test_the_config_of_an_earlier_version_gets_defaults_for_newer_keys(tmp_path):
+    cfg = train("objective=dino", "objective.momentum=0.5")
+    config.save(cfg, tmp_path / "config.yaml")
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del tree["objective"]["color"], tree["optim"]["clip_mode"], tree["objective"]["recipe"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    old = config.read(tmp_path / "config.yaml")
+    assert (old.objective.color, old.objective.momentum, old.optim.clip_mode) == (1.0, 0.5, schema.AdamW().clip_mode)
+    assert config.diff(old, cfg) == ["optim.clip_mode: null -> per_tensor"]
 
 
 @pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis"])

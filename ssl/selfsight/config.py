@@ -497,6 +497,7 @@ def read(path: Path | str) -> DictConfig:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds no keys: expected the config.yaml of a run folder")
     _check_targets(tree, str(path))
+    _complete(tree)
     try:
         cfg = OmegaConf.create(tree)
         _check_interpolations(cfg)
@@ -504,3 +505,17 @@ def read(path: Path | str) -> DictConfig:
         raise ConfigError(f"{path} is no valid config: {_first_line(error)}") from None
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def _complete(tree: dict[str, Any]) -> None:
+    """Keys of groups that the run of an earlier version does not know get their defaults."""
+    for group, schema in SCHEMAS.items():
+        node = tree.get(group)
+        if not isinstance(node, dict):
+            continue
+        cls = schema.get(node.get("name")) if isinstance(schema, dict) else schema
+        for field in dataclasses.fields(cls) if cls else ():
+            if field.name not in node:
+                known = field.default is not dataclasses.MISSING
+                value = field.default if known else field.default_factory()
+                node[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
