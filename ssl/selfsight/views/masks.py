@@ -136,16 +136,10 @@ def block_shapes(
     return [shape for shape, _ in likely], shares / shares.sum()
 
 
-def context_sides(area: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Height and width of square context blocks of `area` cells [*], at most the grid's."""
-    side = area.sqrt().round()
-    return side.clamp(1, grid[0]), side.clamp(1, grid[1])
-
-
 def least_context(grid: tuple[int, int], shapes: list[tuple[int, int]], scale: Span) -> int:
     """Cells of a context that `multiblock` can always find: the smallest block less one target, the largest."""
-    height, width = context_sides(torch.tensor(scale[0] * grid[0] * grid[1]), grid)
-    return int(height * width) - max(h * w for h, w in shapes)
+    side = max(1, round(math.sqrt(scale[0] * grid[0] * grid[1])))
+    return min(side, grid[0]) * min(side, grid[1]) - max(h * w for h, w in shapes)
 
 
 def multiblock(
@@ -165,7 +159,8 @@ def multiblock(
     left = (drawn[..., targets : 2 * targets] * (columns - width + 1)).long()
     top[:, -1], left[:, -1] = top[:, -1, :1], left[:, -1, :1]
     area, down, across = drawn[..., 2 * targets :].unbind(-1)
-    tall, wide = context_sides(cells * (scale[0] + area * (scale[1] - scale[0])), grid)
+    side = (cells * (scale[0] + area * (scale[1] - scale[0]))).sqrt().round()
+    tall, wide = side.clamp(1, rows), side.clamp(1, columns)
     block = rectangles(grid, (down * (rows - tall + 1)).floor(), (across * (columns - wide + 1)).floor(), tall, wide)
     context = block & ~rectangles(grid, top, left, height, width).any(2)  # [B, LAYOUTS, C]
     enough = (context.sum(2) >= keep) * torch.arange(LAYOUTS, 0, -1, device=key.device)
