@@ -153,6 +153,7 @@ def test_wrong_values_are_named_with_what_is_expected(override):
         ([*STREAM, "optim.warmup=2ep"], "optim.warmup=2ep: a stream has no epochs"),
         ([*STREAM, "objective=dino", "objective.freeze_last_layer=1ep"], "objective.freeze_last_layer=1ep: a stream"),
         ([*STREAM, "objective=ibot", "objective.mask_start=1ep"], "objective.mask_start=1ep: a stream"),
+        ([*STREAM, "objective=dmt_jepa", "objective.target_warmup=1ep"], "objective.target_warmup=1ep: a stream"),
         ([*STREAM, "objective=dino", "objective.teacher_temp_schedule=epoch"], "teacher_temp_schedule=epoch: a stream"),
         (["data=shards", "data.train=pipe:ls"], "shell command"),
         (["backbone=timm"], "backbone.name=resnet18"),
@@ -170,7 +171,7 @@ def test_keys_that_do_not_fit_together(overrides, words):
     assert words in sentence(*overrides)
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa"])
 def test_a_stream_gets_shares_where_the_recipe_counts_epochs(objective):
     cfg = config.load("train", [f"objective={objective}", *STREAM, "max_steps=1000"])
     assert cfg.optim.warmup.endswith("%")

@@ -304,7 +304,7 @@ def _check_epochs(cfg: DictConfig) -> None:
     """A stream does not say how many images it has."""
     if cfg.data.mode != "stream":
         return
-    own = ("teacher_temp_warmup", "freeze_last_layer", "mask_start")
+    own = ("teacher_temp_warmup", "freeze_last_layer", "mask_start", "target_warmup")
     for group, key in [("optim", "warmup"), *(("objective", k) for k in own)]:
         if str(value := cfg[group].get(key)).endswith("ep"):
             raise ConfigError(

@@ -309,6 +309,22 @@ class IJEPA:
 
 
 @dataclasses.dataclass
+class DMTJEPA(IJEPA):
+    name: str = one_of("dmt_jepa", "dmt_jepa")
+    neighbours: int = integer(4)
+    window: int = _field(3, "3, 5 or 7", lambda v: _require(v in (3, 5, 7), v))
+    border: str = one_of("clip", "clip", "wrap")
+    query: str = one_of("same_image", "same_image", "permuted", "patch")
+    include_self: bool = False
+    context_attn: str = one_of("cross-attn", "cross-attn", "self-attn")
+    target_attn: str = one_of("cross-attn", "cross-attn", "self-attn")
+    target_final_ln: bool = False
+    target_warmup: Any = span(0)
+    head_blocks: int = integer(2)
+    head_mlp_ratio: float = number(4.0, 0.25)
+
+
+@dataclasses.dataclass
 class Decoder:
     dim: int | None = integer(None)
     depth: int | None = integer(None)
@@ -569,7 +585,15 @@ COMMANDS = {
 }
 # The schema of a group's option; a single class where all options share it.
 SCHEMAS: dict[str, Any] = {
-    "objective": {"mae": MAE, "dino": DINO, "ibot": IBOT, "selfpatch": SelfPatch, "odis": ODIS, "ijepa": IJEPA},
+    "objective": {
+        "mae": MAE,
+        "dino": DINO,
+        "ibot": IBOT,
+        "selfpatch": SelfPatch,
+        "odis": ODIS,
+        "ijepa": IJEPA,
+        "dmt_jepa": DMTJEPA,
+    },
     "backbone": BackboneConfig,
     "data": {"shards": Data, "folder": Data, "scenes": Scenes},
     "optim": AdamW,

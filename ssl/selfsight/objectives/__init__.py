@@ -15,6 +15,7 @@ NAMES = {
     "selfpatch": "selfpatch:SelfPatch",
     "odis": "odis:ODIS",
     "ijepa": "ijepa:IJEPA",
+    "dmt_jepa": "dmt_jepa:DMTJEPA",
 }
 
 
