@@ -40,12 +40,20 @@ class Blocks:
         self.keep = round(context_ratio * math.prod(grid))
         if rule == "official":
             self._refuse_endless_search()
-        elif not 1 <= self.keep <= (most := masks.least_context(grid, self.shapes, self.context_scale)):
-            size = f"{max(h * w for h, w in self.shapes)} of {math.prod(grid)} cells"
+        else:
+            self._refuse_contexts_that_may_not_be_there(context_ratio)
+
+    def _refuse_contexts_that_may_not_be_there(self, ratio: float) -> None:
+        most, cells = masks.least_context(self.grid, self.shapes, self.context_scale), math.prod(self.grid)
+        if most < 1:
             raise BackboneError(
-                f"objective.context_ratio={context_ratio} is a context of {self.keep} cells, and beside a target block "
-                f"of {size} only 1 to {most} are sure to be found; use a ratio up to {most / math.prod(grid):.2f}, or "
-                "smaller objective.target_scale"
+                f"objective.target_scale={list(self.target_scale)} may leave no context on a grid of {self.grid[0]} x "
+                f"{self.grid[1]}; use smaller targets, the default is [0.15, 0.2]"
+            )
+        if not 1 <= self.keep <= most:
+            raise BackboneError(
+                f"objective.context_ratio={ratio} is a context of {self.keep} of {cells} cells, and 1 to {most} are "
+                f"sure to be found beside the targets; use a ratio from {1 / cells:.2f} to {most / cells:.2f}"
             )
 
     def _refuse_endless_search(self) -> None:
