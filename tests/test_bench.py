@@ -266,3 +266,37 @@ def test_ratios_of_a_comparison_are_relative_to_its_first_variant(benchmarks, mo
 
     found = loader.compare({"slow": taking(4.0), "fast": taking(1.0)}, repeats=3)
     assert (found["slow"]["ratio"], found["fast"]["ratio"]) == (1.0, 4.0)
+
+
+FEATURES = [
+    "backbone=vit_nano", "backbone.embed_dim=32", "backbone.depth=2", "image_size=64", "objective.predictor_depth=2",
+    "objective.momentum=0.9", "optim.lr=0.01", "batch_size=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "keys"), [("ijepa", []), ("dmt_jepa", []), ("dmt_jepa", ["objective.border=wrap"])])
+def test_two_textbook_steps_of_feature_prediction_lead_to_our_weights(benchmarks, name, keys):
+    import feature_step
+
+    objective, cfg = feature_step.build(name, [*FEATURES, *keys])
+    batch, textbook = feature_step.crops(objective, 2), feature_step.TEXTBOOK[name](objective, cfg.optim)
+    ours, start = feature_step.Ours(objective, cfg.optim), objective.predictor.mask_token.detach().clone()
+    feature_step.check(objective, textbook, batch)  # asserts the same loss and gradients, and is no step
+    for step in range(2):
+        torch.testing.assert_close(textbook.gradients(batch, step), ours.gradients(batch, step), rtol=1e-4, atol=0)
+        textbook.update(step)
+        ours.update(step)
+    assert (objective.predictor.mask_token - start).abs().max() > 0.01
+    pairs = ((objective.student, textbook.nets["student"]), (objective.teacher, textbook.teacher))
+    for mine, theirs in pairs:
+        for (key, a), b in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+            if not key.endswith(("qkv.bias", "attn.k.bias")):  # keys' true gradient is 0, whose rounding AdamW enlarges
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_feature_prediction_benchmark_refuses_what_the_textbook_has_not(benchmarks):
+    import feature_step
+
+    objective, cfg = feature_step.build("dmt_jepa", [*FEATURES, "objective.query=patch"])
+    with pytest.raises(config.ConfigError, match="DMT-JEPA's defaults"):
+        feature_step.TEXTBOOK["dmt_jepa"](objective, cfg.optim)

@@ -154,6 +154,7 @@ def test_wrong_values_are_named_with_what_is_expected(override):
         ([*STREAM, "optim.warmup=2ep"], "optim.warmup=2ep: a stream has no epochs"),
         ([*STREAM, "objective=dino", "objective.freeze_last_layer=1ep"], "objective.freeze_last_layer=1ep: a stream"),
         ([*STREAM, "objective=ibot", "objective.mask_start=1ep"], "objective.mask_start=1ep: a stream"),
+        ([*STREAM, "objective=dmt_jepa", "objective.target_warmup=1ep"], "objective.target_warmup=1ep: a stream"),
         ([*STREAM, "objective=dino", "objective.teacher_temp_schedule=epoch"], "teacher_temp_schedule=epoch: a stream"),
         (["data=shards", "data.train=pipe:ls"], "shell command"),
         (["backbone=timm"], "backbone.name=resnet18"),
@@ -182,7 +183,7 @@ def test_the_config_of_an_earlier_version_gets_defaults_for_newer_keys(tmp_path)
     assert config.diff(old, cfg) == ["optim.clip_mode: null -> per_tensor"]
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa"])
 def test_a_stream_gets_shares_where_the_recipe_counts_epochs(objective):
     cfg = config.load("train", [f"objective={objective}", *STREAM, "max_steps=1000"])
     assert cfg.optim.warmup.endswith("%")

@@ -26,13 +26,14 @@ FAMILIES = {
 BF16 = "trainer.precision=bf16-mixed"
 CASES = {
     f"{objective}-{family}": (f"objective={objective}", *words)
-    for objective in ("mae", "dino", "ibot", "selfpatch", "odis")
+    for objective in ("mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa")
     for family, words in FAMILIES.items()
-    if objective == "mae" or family != "convnext"  # V1 and V2 differ where cells are hidden by dropping them
+    if objective in ("mae", "ijepa") or family != "convnext"  # V1 and V2 differ where cells are hidden by dropping them
 } | {
     "dino-timm": ("objective=dino", "backbone=timm", "backbone.name=resnet10t", "image_size=64"),
     "mae-vit-bf16": ("objective=mae", *FAMILIES["vit"], BF16),
     "ibot-vit-bf16": ("objective=ibot", *FAMILIES["vit"], BF16),
+    "dmt_jepa-vit-bf16": ("objective=dmt_jepa", *FAMILIES["vit"], BF16),
 }
 
 

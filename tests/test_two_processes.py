@@ -48,6 +48,11 @@ CASES = {
     "odis vit": ("objective=odis", "backbone=vit_nano", "image_size=32", "objective.no_mask=skip", *CENTRED),
     "odis convnext": ("objective=odis", "backbone=convnext_nano_lite", "image_size=64", "objective.no_mask=skip"),
     "odis shvit": ("objective=odis", "backbone=shvit_nano_lite", "image_size=128"),
+    "ijepa vit": ("objective=ijepa", "backbone=vit_nano", "image_size=32"),
+    "ijepa convnext": ("objective=ijepa", "backbone=convnext_nano_lite", "image_size=64"),
+    "ijepa shvit": ("objective=ijepa", "backbone=shvit_nano_lite", "image_size=128"),
+    "dmt_jepa vit": ("objective=dmt_jepa", "backbone=vit_nano", "image_size=32"),
+    "dmt_jepa shvit": ("objective=dmt_jepa", "backbone=shvit_nano_lite", "image_size=128"),
 }  # fmt: skip
 FAST = (
     "mae vit_nano",
@@ -58,6 +63,8 @@ FAST = (
     "ibot vit",
     "selfpatch vit",
     "odis vit",
+    "ijepa vit",
+    "dmt_jepa vit",
 )
 BATCH, STEPS = 8, 2
 

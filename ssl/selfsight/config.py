@@ -304,7 +304,7 @@ def _check_epochs(cfg: DictConfig) -> None:
     """A stream does not say how many images it has."""
     if cfg.data.mode != "stream":
         return
-    own = ("teacher_temp_warmup", "freeze_last_layer", "mask_start")
+    own = ("teacher_temp_warmup", "freeze_last_layer", "mask_start", "target_warmup")
     for group, key in [("optim", "warmup"), *(("objective", k) for k in own)]:
         if str(value := cfg[group].get(key)).endswith("ep"):
             raise ConfigError(
@@ -319,10 +319,11 @@ def _check_not_yet(cfg: DictConfig) -> None:
     if cfg.init_from is not None:
         raise ConfigError("init_from is not available in this version: leave it out to train from scratch")
     given = [f"views.{kind}.{k}" for kind in ("global", "local") for k, v in cfg.views[kind].items() if v is not None]
-    if cfg.views["global"].n not in (None, 2) and cfg.objective.name != "mae":
+    if cfg.views["global"].n not in (None, 2) and "teacher_temp" in cfg.objective:
         raise ConfigError(f"views.global.n={cfg.views['global'].n}: self-distillation compares two global views; use 2")
-    if given and cfg.objective.name == "mae":
-        raise ConfigError(f"{given[0]} is for multi-crop objectives: objective=mae has objective.crop_scale instead")
+    if given and "teacher_temp" not in cfg.objective:
+        name = cfg.objective.name
+        raise ConfigError(f"{given[0]} is for multi-crop objectives: objective={name} has objective.crop_scale instead")
     if cfg.data.channels != 3:
         raise ConfigError(
             f"data.channels={cfg.data.channels}: backbones take 3 channels in this version; grayscale is read as RGB"
@@ -443,7 +444,7 @@ def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
     _fill(cfg, "batch_size", recipe.batch_size)
     if optim.weight_decay is None:  # an explicit decay is constant unless its end is given, too
         _fill(optim, "weight_decay_end", recipe.weight_decay_end)
-    for key in ("weight_decay", "betas", "min_lr", "clip", "clip_mode"):
+    for key in ("weight_decay", "betas", "min_lr", "clip", "clip_mode", "warmup_start"):
         _fill(optim, key, recipe[key])
     _fill(optim, "weight_decay_end", optim.weight_decay)
     if optim.lr is None:

@@ -199,6 +199,7 @@ class Recipe(Fallback):
     min_lr: float = number(0.0)
     clip: float | None = number(None)
     clip_mode: str = one_of("global", "global", "per_tensor")
+    warmup_start: float = number(0.0, 0, 1)
     quick: Quick = dataclasses.field(default_factory=Quick)
 
 
@@ -288,6 +289,43 @@ class ODIS(IBOT):
 
 
 @dataclasses.dataclass
+class IJEPA:
+    name: str = one_of("ijepa", "ijepa")
+    masking: str = one_of("unbiased", "unbiased", "official")
+    targets: int = integer(4, 1, 16)
+    target_scale: list[float] = numbers([0.15, 0.2], 2, 0.01, 1, rising=True)
+    target_aspect: list[float] = numbers([0.75, 1.5], 2, 0.1, 10, rising=True)
+    context_scale: list[float] = numbers([0.85, 1.0], 2, 0.1, 1, rising=True)
+    context_ratio: float = number(0.3, 0.01, 1)
+    min_keep: int = integer(10, 0)
+    predictor_dim: int | None = integer(None)
+    predictor_depth: int | None = integer(None)
+    predictor_heads: int | None = integer(None)
+    momentum: float | None = number(None, 0, 1)
+    momentum_end: float = number(1.0, 0, 1)
+    init_depth_rescale: bool = False
+    crop_scale: list[float] = numbers([0.3, 1.0], 2, 0.01, 1, rising=True)
+    flip: float = number(0.0, 0, 1)
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+
+
+@dataclasses.dataclass
+class DMTJEPA(IJEPA):
+    name: str = one_of("dmt_jepa", "dmt_jepa")
+    neighbours: int = integer(4)
+    window: int = _field(3, "3, 5 or 7", lambda v: _require(v in (3, 5, 7), v))
+    border: str = one_of("clip", "clip", "wrap")
+    query: str = one_of("same_image", "same_image", "permuted", "patch")
+    include_self: bool = False
+    context_attn: str = one_of("cross-attn", "cross-attn", "self-attn")
+    target_attn: str = one_of("cross-attn", "cross-attn", "self-attn")
+    target_final_ln: bool = False
+    target_warmup: Any = span(0)
+    head_blocks: int = integer(2)
+    head_mlp_ratio: float = number(4.0, 0.25)
+
+
+@dataclasses.dataclass
 class Decoder:
     dim: int | None = integer(None)
     depth: int | None = integer(None)
@@ -352,6 +390,8 @@ class AdamW:
     clip_mode: str | None = one_of(None, "global", "per_tensor")
     decay_rule: str = one_of("default", "default", "official")
     schedule: str = one_of("cosine", "cosine", "official")
+    warmup_start: float | None = number(None, 0, 1)
+    ipe_scale: float = number(1.0, 1)
 
 
 @dataclasses.dataclass
@@ -546,7 +586,15 @@ COMMANDS = {
 }
 # The schema of a group's option; a single class where all options share it.
 SCHEMAS: dict[str, Any] = {
-    "objective": {"mae": MAE, "dino": DINO, "ibot": IBOT, "selfpatch": SelfPatch, "odis": ODIS},
+    "objective": {
+        "mae": MAE,
+        "dino": DINO,
+        "ibot": IBOT,
+        "selfpatch": SelfPatch,
+        "odis": ODIS,
+        "ijepa": IJEPA,
+        "dmt_jepa": DMTJEPA,
+    },
     "backbone": BackboneConfig,
     "data": {"shards": Data, "folder": Data, "scenes": Scenes},
     "optim": AdamW,

@@ -41,7 +41,9 @@ class Needs(NamedTuple):
     stride: int | None = None  # dense tokens no coarser than this; hierarchical families fuse stages to get there
     class_token: bool = True  # False: ViT is built without a class token (I-JEPA, DMT-JEPA, SelfPatch)
     pooled: bool = True  # False: the loss never sees the pooled token, so what only it passes through is frozen
-    init: str = "timm"  # "mae": fixed sin-cos positions and Xavier weights on ViT, as in the MAE reference
+    init: str = (
+        "timm"  # on ViT "mae": fixed sin-cos positions and Xavier weights; "jepa", "jepa_rescaled": and normal ones
+    )
 
 
 class Tokens(NamedTuple):

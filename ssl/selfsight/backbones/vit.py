@@ -63,6 +63,30 @@ def init_as_mae(model: VisionTransformer, grid: tuple[int, int]) -> None:
     nn.init.xavier_uniform_(weight.data.view(weight.shape[0], -1))
     if model.cls_token is not None:
         nn.init.normal_(model.cls_token, std=0.02)
+    fix_positions(model, grid)
+
+
+def init_as_jepa(model: VisionTransformer, grid: tuple[int, int], rescale: bool = False) -> None:
+    """I-JEPA's initialisation: N(0, 0.02) for matrices and the patch projection, no biases, fixed sin-cos positions.
+
+    rescale: also divide the output matrices of block l by sqrt(2 l). The reference has a function for it, whose work
+    its factory then overwrites: what was published trained without.
+    """
+    for module in (model.patch_embed.proj, *model.blocks.modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if rescale:
+        with torch.no_grad():
+            for number, block in enumerate(model.blocks, 1):
+                block.attn.proj.weight /= (2 * number) ** 0.5
+                block.mlp.fc2.weight /= (2 * number) ** 0.5
+    fix_positions(model, grid)
+
+
+def fix_positions(model: VisionTransformer, grid: tuple[int, int]) -> None:
+    """Sin-cos positions that are not trained."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     model.pos_embed.data.copy_(sincos_2d(model.embed_dim, *grid, prefix=prefix)[None])
     model.pos_embed.requires_grad_(False)
@@ -111,6 +135,8 @@ class ViT(Backbone):
         self._check_sizes(image_sizes, needs)
         if needs.init == "mae":
             init_as_mae(self.timm, self.timm.patch_embed.grid_size)
+        elif needs.init.startswith("jepa"):
+            init_as_jepa(self.timm, self.timm.patch_embed.grid_size, needs.init == "jepa_rescaled")
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim)) if needs.hide is Replace else None
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)

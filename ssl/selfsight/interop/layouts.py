@@ -1,8 +1,8 @@
 """Official checkpoint layouts, as key tables: whose keys are these, and what are they called here?
 
-`split(state, layout)` sorts a state dict into "backbone" (timm's names), "decoder" (the names of `nn.decoders` and
-`nn.pixel_conv`), "heads" (the reference's own names, which are ours, too), "mask_token", and "left" (what neither
-has: classifiers, mask tokens of other methods …, under their own names).
+`split(state, layout)` sorts a state dict into "backbone" (timm's names), "decoder" (the names of `nn.decoders`,
+`nn.pixel_conv` and `nn.predictor`), "heads" (the reference's own names, which are ours, too), "mask_token", and "left"
+(what neither has: classifiers, mask tokens of other methods …, under their own names).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -76,6 +77,12 @@ RULES: dict[str, list[Rule]] = {
         (r"(?:backbone\.)?(?:blocks\.\d+\.(?=\d))(.*)", "backbone", r"blocks.\1"),  # chunked for FSDP
         (r"(?:backbone\.)?((?:cls_token|pos_embed|patch_embed|blocks|norm)\b.*)", "backbone", r"\1"),
     ],
+    # facebookresearch/ijepa, DMTJEPA/DMTJEPA: one network of `jepa_networks`, or an encoder's own file.
+    "ijepa": [
+        (r"(?:encoder\.)?((?:pos_embed|patch_embed|blocks|norm)\b.*)", "backbone", r"\1"),
+        (r"predictor\.(?:predictor_)?(.*)", "decoder", r"\1"),
+        (r"local_agg_head\.(.*)", "heads", r"aggregate.\1"),
+    ],
     # ysj9909/SHViT: lists blocks1..3 that hold the down-samplers as their first three entries.
     "shvit": [
         (r"(patch_embed\..*)", "backbone", r"\1"),
@@ -111,8 +118,25 @@ def detect(keys: Iterable[str]) -> list[str]:
         found.append("dinov2")
     if has(r"backbone\.blocks\.0\.attn\.qkv\.") and has(r"(head|ca_head)\."):
         found.append("dino")
+    if has(r"encoder\.patch_embed\.proj\.") and has(r"encoder\.blocks\.0\.attn\.qkv\."):
+        found.append("ijepa")
     if has("cls_token") and has(r"patch_embed\.proj\.") and has(r"blocks\.0\.attn\.qkv\."):
         found.append("mae")
+    return found
+
+
+def jepa_networks(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Student and teacher of an I-JEPA training file, each a flat state for `split(…, "ijepa")`.
+
+    The file has `encoder`, `predictor` and `target_encoder`, whose keys begin with DDP's `module.`. The teacher is what
+    the paper evaluates, while timm and others took over `encoder`. DMT-JEPA's heads are not in its files; here they
+    are `local_agg_head` and `target_local_agg_head`.
+    """
+    found: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
+    for name in ("encoder", "local_agg_head", "predictor", "target_encoder", "target_local_agg_head"):
+        which = "teacher" if name.startswith("target_") else "student"
+        for key, value in checkpoint.get(name, {}).items():
+            found[which][f"{name.removeprefix('target_')}.{_plain(key)}"] = value
     return found
 
 

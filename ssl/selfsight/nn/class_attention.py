@@ -1,4 +1,5 @@
-"""A learned query that pools a set of tokens (CaiT; the head of SelfPatch; read-out of families without such a token).
+"""A query that pools a set of tokens: learned (CaiT; the head of SelfPatch; read-out of families without such a token),
+or the mean of the tokens (the head of DMT-JEPA).
 
 The tokens never change, so their keys and values are computed once per layer, for the pooled vector and for every
 patch's neighbours alike; the reference projects each neighbour's copy again.
@@ -32,19 +33,19 @@ class _Attention(nn.Module):
 class _Layer(nn.Module):
     """One class-attention layer; the query sees itself and its set (no LayerScale, as in SelfPatch's code)."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = _Attention(dim, heads)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = Mlp(dim, round(mlp_ratio * dim))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, N, D] -> keys and values [B, N, heads, d]."""
         x = self.norm1(x)
         return self.attn.split(self.attn.k(x)), self.attn.split(self.attn.v(x))
 
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
-        """query [B or 1, M or 1, D], keys and values [B, M, S, heads, d], valid bool [B, M, S] -> [B, M, D]."""
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
+        """query [B or 1, M or 1, D], keys and values [B, M, S, heads, d], valid bool [B, M, S] -> branch [B, M, D]."""
         attn, x = self.attn, self.norm1(query)
         q, key, value = (attn.split(part(x)) for part in (attn.q, attn.k, attn.v))
         own = (q * key).sum(-1, keepdim=True)
@@ -54,7 +55,11 @@ class _Layer(nn.Module):
         scores = torch.cat([own.expand(*scores.shape[:-1], 1), scores], -1) * q.shape[-1] ** -0.5
         weights = scores.softmax(-1)
         pooled = weights[..., :1] * value + torch.einsum("...hs,...shd->...hd", weights[..., 1:], values)
-        query = query + attn.proj(pooled.flatten(-2))
+        return attn.proj(pooled.flatten(-2))
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
+        """As `attend`, with the residual and the MLP."""
+        query = query + self.attend(query, keys, values, valid)
         return query + self.mlp(self.norm2(query))
 
 
@@ -64,10 +69,10 @@ class ClassAttention(nn.Module):
     norm: the backbone's own final norm (see `Backbone.final_norm`), which is then exported as such; None: a new one.
     """
 
-    def __init__(self, dim: int, heads: int, *, layers: int = 2, norm: nn.Module | None = None):
+    def __init__(self, dim: int, heads: int, *, layers: int = 2, mlp_ratio: float = 4.0, norm: nn.Module | None = None):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.cls_blocks = nn.ModuleList(_Layer(dim, heads) for _ in range(layers))
+        self.cls_blocks = nn.ModuleList(_Layer(dim, heads, mlp_ratio) for _ in range(layers))
         trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -94,9 +99,12 @@ class ClassAttention(nn.Module):
             x = self.layer_fn(layer, x, keys[:, None], values[:, None], None if focus is None else focus[:, None])
         return x[:, 0]
 
-    def aggregate(self, projected: Projected, ids: Tensor, valid: Tensor | None) -> Tensor:
-        """One vector per patch from the tokens ids int64 [B, N, k] alone, valid bool [B, N, k] -> [B, N, D]."""
-        x = self.cls_token
+    def aggregate(self, projected: Projected, ids: Tensor, valid: Tensor | None, query: Tensor | None = None) -> Tensor:
+        """One vector per patch from the tokens ids int64 [B, N, k] alone, valid bool [B, N, k] -> [B, N, D].
+
+        query: [B, N or 1, D]; None: the learned one.
+        """
+        x = self.cls_token if query is None else query
         for layer, both in zip(self.cls_blocks, projected):
             keys, values = (pick(part, ids.flatten(1)).unflatten(1, ids.shape[1:]) for part in both)
             x = self.layer_fn(layer, x, keys, values, valid)
@@ -110,6 +118,39 @@ class ClassAttention(nn.Module):
         """Compile the walker of one layer."""
         allow_graphs()
         self.layer_fn = torch.compile(self.layer_fn, **kwargs)
+
+
+class MeanAttention(ClassAttention):
+    """The same without a learned query: DMT-JEPA's head. `aggregate` makes its targets (the query is given),
+    `mix` puts what the mean of the context attends to into every token of the context."""
+
+    def __init__(self, dim: int, heads: int, **kwargs):
+        super().__init__(dim, heads, **kwargs)
+        self.cls_token = None
+        self.mix_fn = mix_layer
+
+    def mix(self, tokens: Tensor, mean: bool = True) -> Tensor:
+        """tokens [B, K, D] -> [B, K, D]; mean=False: plain self-attention instead."""
+        for layer in self.cls_blocks:
+            tokens = self.mix_fn(layer, tokens, mean)
+        return self.normed(tokens)
+
+    def compile_blocks(self, **kwargs) -> None:
+        super().compile_blocks(**kwargs)
+        self.mix_fn = torch.compile(self.mix_fn, **kwargs)
+
+
+def mix_layer(layer: _Layer, tokens: Tensor, mean: bool) -> Tensor:
+    """One layer over tokens [B, K, D] whose query is their mean, or that has all of them as queries."""
+    keys, values = layer.project(tokens)
+    if mean:
+        branch = layer.attend(tokens.mean(1, keepdim=True), keys[:, None], values[:, None], None)
+    else:
+        query = layer.attn.split(layer.attn.q(layer.norm1(tokens)))
+        parts = (x.transpose(1, 2) for x in (query, keys, values))
+        branch = layer.attn.proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+    tokens = tokens + branch
+    return tokens + layer.mlp(layer.norm2(tokens))
 
 
 def run_layer(layer: _Layer, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ NAMES = {
     "ibot": "ibot:IBOT",
     "selfpatch": "selfpatch:SelfPatch",
     "odis": "odis:ODIS",
+    "ijepa": "ijepa:IJEPA",
+    "dmt_jepa": "dmt_jepa:DMTJEPA",
 }
 
 

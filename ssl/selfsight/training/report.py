@@ -32,6 +32,7 @@ HIDDEN = {"step", "images", "epoch", "knn_raw_pixels", "bad_samples"}
 PICTURES = {
     "reconstruction": "What the model sees, and what it fills in",
     "views": "Views of an image, and what the teacher looks at",
+    "blocks": "Context and target blocks; the teacher's features there, and what is predicted of them",
     "pca": "Principal components of the patch tokens: equal colours mean similar features",
 }
 TILES = (("knn", "k-NN", "{:.1f} %"), ("loss_last", "final loss", "{:.4g}"), ("rankme", "RankMe", "{:.1f}"),

@@ -195,7 +195,7 @@ class Run:
         o = cfg.optim
         self.module = Module(
             objective, o, self._schedule(), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
-            weight_decay=cosine(o.weight_decay, o.weight_decay_end, self.total_steps),
+            weight_decay=cosine(o.weight_decay, o.weight_decay_end, round(self.total_steps * o.ipe_scale)),
             optimizer_state=optimizer_state, scaler_state=meta.get("scaler"),
         )  # fmt: skip
         plan = self._plan()
@@ -221,7 +221,8 @@ class Run:
     def _schedule(self):
         o = self.cfg.optim
         warmup = min(config.duration(o.warmup).steps(self.total_steps, self.steps_per_epoch), self.total_steps)
-        return warmup_cosine(o.lr, self.total_steps, warmup, o.min_lr, inclusive=o.schedule == "official")
+        total, start = round(self.total_steps * o.ipe_scale), o.warmup_start * o.lr
+        return warmup_cosine(o.lr, total, warmup, o.min_lr, start, inclusive=o.schedule == "official")
 
     def _plan(self) -> Plan:
         cfg, c = self.cfg, self.cfg.checkpoint

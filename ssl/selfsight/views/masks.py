@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,14 +44,20 @@ def block_mask(key: Tensor, grid: tuple[int, int], counts: Tensor, purpose: str 
     height = (area * ratio).sqrt().round().clamp(1, rows)
     width = (area / ratio).sqrt().round().clamp(1, columns)
     top, left = (top * (rows - height + 1)).floor(), (left * (columns - width + 1)).floor()
-    y = torch.arange(rows, device=key.device).repeat_interleave(columns)
-    x = torch.arange(columns, device=key.device).repeat(rows)
-    inside = (y >= top[..., None]) & (y < (top + height)[..., None])
-    inside &= (x >= left[..., None]) & (x < (left + width)[..., None])  # [B, 16, C]
+    inside = rectangles(grid, top, left, height, width)  # [B, 16, C]
     number = torch.arange(16, device=key.device)[:, None]
     first = torch.where(inside, number, 16).amin(1)
     ranks = (first + u[:, 64:]).argsort(dim=1, stable=True).argsort(dim=1)
     return ranks < counts.reshape(b, 1)
+
+
+def rectangles(grid: tuple[int, int], top: Tensor, left: Tensor, height: Tensor | int, width: Tensor | int) -> Tensor:
+    """Which cells each rectangle covers: corners and sides [*] in cells -> bool [*, C]."""
+    rows, columns = grid
+    y = torch.arange(rows, device=top.device).repeat_interleave(columns)
+    x = torch.arange(columns, device=top.device).repeat(rows)
+    inside = (y >= top[..., None]) & (y < (top + height)[..., None])
+    return inside & (x >= left[..., None]) & (x < (left + width)[..., None])
 
 
 def stratified_counts(
@@ -99,3 +109,125 @@ def drop_table(key: Tensor, kind: str, count: int, depth: int, rate: float) -> T
     u = uniform(key, f"drop_path/{kind}", count * 2 * depth).unflatten(1, (count, 2 * depth))
     rates = torch.linspace(0, rate, depth, device=key.device).repeat_interleave(2)
     return ((u >= rates) / (1 - rates)).permute(2, 1, 0).flatten(1)
+
+
+# --- I-JEPA's blocks -----------------------------------------------------------------------------------------------
+
+Span = tuple[float, float]
+LAYOUTS = 8  # drawn for each image at once; at the default sizes all but one in millions find one that fits
+
+
+def block_shapes(
+    grid: tuple[int, int], scale: Span, aspect: Span, most: int = 5
+) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """The `most` likeliest (height, width) of a block, the likeliest first, and their shares, which add up to 1.
+
+    Area uniform in `scale` of the grid, height / width log-uniform in `aspect`, independent of each other, rounded to
+    whole cells. Few shapes, because each is a shape of tensors in training.
+    """
+    points = (np.arange(64) + 0.5) / 64
+    area = grid[0] * grid[1] * (scale[0] + points[:, None] * (scale[1] - scale[0]))
+    ratio = aspect[0] * (aspect[1] / aspect[0]) ** points
+    height = np.clip(np.rint(np.sqrt(area * ratio)), 1, grid[0]).astype(int)
+    width = np.clip(np.rint(np.sqrt(area / ratio)), 1, grid[1]).astype(int)
+    counts = Counter(zip(height.ravel().tolist(), width.ravel().tolist(), strict=True))
+    likely = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+    shares = np.array([count for _, count in likely], dtype=np.float64)
+    return [shape for shape, _ in likely], shares / shares.sum()
+
+
+def least_context(grid: tuple[int, int], shapes: list[tuple[int, int]], scale: Span) -> int:
+    """Cells of a context that `multiblock` can always find: the smallest block less one target, the largest."""
+    side = max(1, round(math.sqrt(scale[0] * grid[0] * grid[1])))
+    return min(side, grid[0]) * min(side, grid[1]) - max(h * w for h, w in shapes)
+
+
+def multiblock(
+    key: Tensor, grid: tuple[int, int], shape: tuple[int, int], keep: int, *, targets: int = 4, scale: Span = (0.85, 1)
+) -> tuple[Tensor, Tensor]:
+    """Target blocks of one shape and a context beside them: ids int64 [B, keep] and [B, targets, height * width].
+
+    Any place on the grid is as likely as any other. The context is a random `keep` of what a square block (`scale` of
+    the grid) has outside all targets. Of LAYOUTS drawings per image the first with that many counts; the last of them
+    puts all targets in one place, so that `keep` up to `least_context` always works. key int64 [B].
+    """
+    (rows, columns), (height, width) = grid, shape
+    per, cells = 2 * targets + 3, rows * columns
+    u = uniform(key, "multiblock", LAYOUTS * per + cells)
+    drawn, noise = u[:, : LAYOUTS * per].unflatten(1, (LAYOUTS, per)), u[:, LAYOUTS * per :]
+    top = (drawn[..., :targets] * (rows - height + 1)).long()
+    left = (drawn[..., targets : 2 * targets] * (columns - width + 1)).long()
+    top[:, -1], left[:, -1] = top[:, -1, :1], left[:, -1, :1]
+    area, down, across = drawn[..., 2 * targets :].unbind(-1)
+    side = (cells * (scale[0] + area * (scale[1] - scale[0]))).sqrt().round()
+    tall, wide = side.clamp(1, rows), side.clamp(1, columns)
+    block = rectangles(grid, (down * (rows - tall + 1)).floor(), (across * (columns - wide + 1)).floor(), tall, wide)
+    context = block & ~rectangles(grid, top, left, height, width).any(2)  # [B, LAYOUTS, C]
+    enough = (context.sum(2) >= keep) * torch.arange(LAYOUTS, 0, -1, device=key.device)
+    chosen = torch.arange(len(key), device=key.device), enough.argmax(1)
+    order = (noise + (~context[chosen]).float()).argsort(dim=1, stable=True)
+    y = torch.arange(height, device=key.device)[:, None]
+    inner = (y * columns + torch.arange(width, device=key.device)).flatten()
+    return order[:, :keep], (top[chosen] * columns + left[chosen])[..., None] + inner
+
+
+def official_shape(number: float, grid: tuple[int, int], scale: Span, aspect: Span) -> tuple[int, int]:
+    """A block's (height, width) in I-JEPA's reference: one number for area and aspect, sides below the grid's."""
+    area = int(grid[0] * grid[1] * (scale[0] + number * (scale[1] - scale[0])))
+    ratio = aspect[0] + number * (aspect[1] - aspect[0])
+    height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return min(height, grid[0] - 1), min(width, grid[1] - 1)
+
+
+def official_shapes(
+    step: int, grid: tuple[int, int], target: Span, aspect: Span, context: Span
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The reference's (height, width) of targets and of the context in its iteration `step`."""
+    generator = torch.Generator().manual_seed(step)
+    first, second = (torch.rand(1, generator=generator).item() for _ in range(2))
+    return official_shape(first, grid, target, aspect), official_shape(second, grid, context, (1.0, 1.0))
+
+
+def official_multiblock(
+    batch: int,
+    grid: tuple[int, int],
+    shapes: tuple[tuple[int, int], tuple[int, int]],
+    generator: torch.Generator,
+    *,
+    targets: int = 4,
+    min_keep: int = 10,
+) -> tuple[Tensor, Tensor]:
+    """The reference's sampler, bit for bit: ids int64 [B, K] and [B, targets, Kt], on the CPU; for parity only.
+
+    shapes: of targets and context. No block reaches the last row or column, and contexts are cut to the smallest of
+    the batch by their first cells, so that they gather at the top. A context of `min_keep` cells or fewer is drawn
+    again; every 20 times one target fewer is kept out of it. ValueError where a block itself is no larger than that.
+    """
+    if min(h * w for h, w in shapes) <= min_keep:
+        raise ValueError(f"blocks of {shapes} cells are not larger than min_keep={min_keep}")
+
+    def place(shape: tuple[int, int]) -> np.ndarray:
+        top, left = (
+            int(torch.randint(0, side - length, (1,), generator=generator)) for side, length in zip(grid, shape)
+        )
+        mask = np.zeros(grid, dtype=bool)
+        mask[top : top + shape[0], left : left + shape[1]] = True
+        return mask.ravel()
+
+    def beside(blocks: list[np.ndarray]) -> np.ndarray:
+        tries = 0
+        while True:
+            mask = place(shapes[1])
+            for block in blocks[: max(0, targets - tries // 20)]:
+                mask &= ~block
+            if mask.sum() > min_keep:
+                return np.flatnonzero(mask)
+            tries += 1
+
+    contexts, chosen = [], []
+    for _ in range(batch):
+        blocks = [place(shapes[0]) for _ in range(targets)]
+        chosen.append(np.stack([np.flatnonzero(block) for block in blocks]))
+        contexts.append(beside(blocks))
+    keep = min(map(len, contexts))
+    return torch.from_numpy(np.stack([c[:keep] for c in contexts])), torch.from_numpy(np.stack(chosen))
