@@ -321,6 +321,10 @@ def _check_not_yet(cfg: DictConfig) -> None:
     given = [f"views.{kind}.{k}" for kind in ("global", "local") for k, v in cfg.views[kind].items() if v is not None]
     if cfg.views["global"].n not in (None, 2) and cfg.objective.name != "mae":
         raise ConfigError(f"views.global.n={cfg.views['global'].n}: self-distillation compares two global views; use 2")
+    if given and cfg.objective.name == "cim":
+        raise ConfigError(
+            f"{given[0]} is for multi-crop objectives: objective=cim has objective.search_scale and exemplar_scale"
+        )
     if given and cfg.objective.name == "mae":
         raise ConfigError(f"{given[0]} is for multi-crop objectives: objective=mae has objective.crop_scale instead")
     if cfg.data.channels != 3:
@@ -377,6 +381,9 @@ def resolve(cfg: DictConfig) -> DictConfig:
     _fill_recipe(cfg, cfg.objective.recipe, quick=cfg.data.name == "scenes")
     if "teacher_temp" in cfg.objective:
         _fill_views(cfg)
+    if "exemplar_size" in cfg.objective:
+        for key in ("context_size", "exemplar_size"):
+            _fill(cfg.objective, key, _in_proportion(cfg.backbone, cfg.backbone[key], cfg.image_size))
     for key in ("dim", "depth", "heads"):
         if f"decoder_{key}" in cfg.objective:
             _fill(cfg.objective, f"decoder_{key}", cfg.backbone.decoder[key])
@@ -396,9 +403,13 @@ def _fill_views(cfg: DictConfig) -> None:
     backbone, views = cfg.backbone, cfg.views
     _fill(views["global"], "n", 2)
     _fill(views["global"], "size", cfg.image_size)
+    _fill(views.local, "size", _in_proportion(backbone, backbone.local_size, views["global"].size))
+
+
+def _in_proportion(backbone: DictConfig, size: int, image_size: int) -> int:
+    """A size that goes with the backbone's own image size, for another one, in whole patches or strides."""
     unit = {"vit": backbone.patch_size or 16, "shvit": 64}.get(backbone.family, 8 * min(4, backbone.patch_size or 4))
-    share = backbone.local_size / backbone.image_size
-    _fill(views.local, "size", max(unit, round(views["global"].size * share / unit) * unit))
+    return max(unit, round(image_size * size / backbone.image_size / unit) * unit)
 
 
 def _fill_fallbacks(cfg: DictConfig, source: DictConfig) -> None:

@@ -14,6 +14,7 @@ NAMES = {
     "ibot": "ibot:IBOT",
     "selfpatch": "selfpatch:SelfPatch",
     "odis": "odis:ODIS",
+    "cim": "cim:CIM",
 }
 
 
