@@ -170,7 +170,7 @@ def test_keys_that_do_not_fit_together(overrides, words):
     assert words in sentence(*overrides)
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis", "cim"])
 def test_a_stream_gets_shares_where_the_recipe_counts_epochs(objective):
     cfg = config.load("train", [f"objective={objective}", *STREAM, "max_steps=1000"])
     assert cfg.optim.warmup.endswith("%")

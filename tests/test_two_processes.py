@@ -48,6 +48,11 @@ CASES = {
     "odis vit": ("objective=odis", "backbone=vit_nano", "image_size=32", "objective.no_mask=skip", *CENTRED),
     "odis convnext": ("objective=odis", "backbone=convnext_nano_lite", "image_size=64", "objective.no_mask=skip"),
     "odis shvit": ("objective=odis", "backbone=shvit_nano_lite", "image_size=128"),
+    "cim vit": (
+        "objective=cim", "backbone=vit_nano", "image_size=32", "objective.sigma_cont=0.5", "objective.exemplars=2",
+        "objective.projector_hidden=16", "objective.projector_dim=8",
+    ),
+    "cim shvit": ("objective=cim", "backbone=shvit_nano_lite", "image_size=128", "objective.exemplars=2"),
 }  # fmt: skip
 FAST = (
     "mae vit_nano",
@@ -58,6 +63,7 @@ FAST = (
     "ibot vit",
     "selfpatch vit",
     "odis vit",
+    "cim vit",
 )
 BATCH, STEPS = 8, 2
 
