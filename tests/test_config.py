@@ -183,7 +183,7 @@ def test_the_config_of_an_earlier_version_gets_defaults_for_newer_keys(tmp_path)
     assert config.diff(old, cfg) == ["optim.clip_mode: null -> per_tensor"]
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa", "cim"])
 def test_a_stream_gets_shares_where_the_recipe_counts_epochs(objective):
     cfg = config.load("train", [f"objective={objective}", *STREAM, "max_steps=1000"])
     assert cfg.optim.warmup.endswith("%")

@@ -75,6 +75,8 @@ def says(cfg, backbone, size: int) -> tuple[str, str]:
     cfg.backbone, cfg.image_size = backbone, size
     if cfg.views["global"].size:
         cfg.views["global"].size, cfg.views.local.size = size, max(64, size // 2)
+    if "exemplar_size" in cfg.objective:
+        cfg.objective.context_size, cfg.objective.exemplar_size = size, max(64, size // 2)
     try:
         with torch.device("meta"):  # as a run does, before it touches data
             objective = objectives.build_objective(cfg, total_steps=1, steps_per_epoch=1)

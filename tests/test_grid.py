@@ -26,7 +26,7 @@ FAMILIES = {
 BF16 = "trainer.precision=bf16-mixed"
 CASES = {
     f"{objective}-{family}": (f"objective={objective}", *words)
-    for objective in ("mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa")
+    for objective in ("mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa", "cim")
     for family, words in FAMILIES.items()
     if objective in ("mae", "ijepa") or family != "convnext"  # V1 and V2 differ where cells are hidden by dropping them
 } | {

@@ -53,6 +53,11 @@ CASES = {
     "ijepa shvit": ("objective=ijepa", "backbone=shvit_nano_lite", "image_size=128"),
     "dmt_jepa vit": ("objective=dmt_jepa", "backbone=vit_nano", "image_size=32"),
     "dmt_jepa shvit": ("objective=dmt_jepa", "backbone=shvit_nano_lite", "image_size=128"),
+    "cim vit": (
+        "objective=cim", "backbone=vit_nano", "image_size=32", "objective.sigma_cont=0.5", "objective.exemplars=2",
+        "objective.projector_hidden=16", "objective.projector_dim=8",
+    ),
+    "cim shvit": ("objective=cim", "backbone=shvit_nano_lite", "image_size=128", "objective.exemplars=2"),
 }  # fmt: skip
 FAST = (
     "mae vit_nano",
@@ -65,6 +70,7 @@ FAST = (
     "odis vit",
     "ijepa vit",
     "dmt_jepa vit",
+    "cim vit",
 )
 BATCH, STEPS = 8, 2
 

@@ -323,7 +323,8 @@ def _check_not_yet(cfg: DictConfig) -> None:
         raise ConfigError(f"views.global.n={cfg.views['global'].n}: self-distillation compares two global views; use 2")
     if given and "teacher_temp" not in cfg.objective:
         name = cfg.objective.name
-        raise ConfigError(f"{given[0]} is for multi-crop objectives: objective={name} has objective.crop_scale instead")
+        own = "search_scale and exemplar_scale" if name == "cim" else "crop_scale"
+        raise ConfigError(f"{given[0]} is for multi-crop objectives: objective={name} has objective.{own} instead")
     if cfg.data.channels != 3:
         raise ConfigError(
             f"data.channels={cfg.data.channels}: backbones take 3 channels in this version; grayscale is read as RGB"
@@ -378,6 +379,9 @@ def resolve(cfg: DictConfig) -> DictConfig:
     _fill_recipe(cfg, cfg.objective.recipe, quick=cfg.data.name == "scenes")
     if "teacher_temp" in cfg.objective:
         _fill_views(cfg)
+    if "exemplar_size" in cfg.objective:
+        for key in ("context_size", "exemplar_size"):
+            _fill(cfg.objective, key, _in_proportion(cfg.backbone, cfg.backbone[key], cfg.image_size))
     for key in ("dim", "depth", "heads"):
         if f"decoder_{key}" in cfg.objective:
             _fill(cfg.objective, f"decoder_{key}", cfg.backbone.decoder[key])
@@ -397,9 +401,13 @@ def _fill_views(cfg: DictConfig) -> None:
     backbone, views = cfg.backbone, cfg.views
     _fill(views["global"], "n", 2)
     _fill(views["global"], "size", cfg.image_size)
+    _fill(views.local, "size", _in_proportion(backbone, backbone.local_size, views["global"].size))
+
+
+def _in_proportion(backbone: DictConfig, size: int, image_size: int) -> int:
+    """A size that goes with the backbone's own image size, for another one, in whole patches or strides."""
     unit = {"vit": backbone.patch_size or 16, "shvit": 64}.get(backbone.family, 8 * min(4, backbone.patch_size or 4))
-    share = backbone.local_size / backbone.image_size
-    _fill(views.local, "size", max(unit, round(views["global"].size * share / unit) * unit))
+    return max(unit, round(image_size * size / backbone.image_size / unit) * unit)
 
 
 def _fill_fallbacks(cfg: DictConfig, source: DictConfig) -> None:

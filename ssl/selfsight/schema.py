@@ -171,6 +171,8 @@ class Fallback:
     local_scale: list[float] | None = numbers(None, 2, 0.01, 1, rising=True)
     local_n: int | None = integer(None, 0)
     drop_path: float | None = number(None, 0, 0.95)
+    decoder_dim: int | None = integer(None)
+    decoder_heads: int | None = integer(None)
 
 
 @dataclasses.dataclass
@@ -326,6 +328,35 @@ class DMTJEPA(IJEPA):
 
 
 @dataclasses.dataclass
+class CIM:
+    name: str = one_of("cim", "cim")
+    exemplars: int = integer(6, 1, 32)
+    context_size: int | None = integer(None, 8)
+    exemplar_size: int | None = integer(None, 8)
+    search_scale: list[float] = numbers([0.5, 1.0], 2, 0.01, 1, rising=True)
+    exemplar_scale: list[float] = numbers([0.05, 0.48], 2, 0.01, 1, rising=True)
+    exemplar_ratio: float = number(3.0, 1, 10)
+    rotation: int = integer(45, 0, 180)
+    flip: float = number(0.5, 0, 1)
+    jitter_p: float = number(0.8, 0, 1)
+    gray_p: float = number(0.2, 0, 1)
+    blur_p: float = number(0.5, 0, 1)
+    solarize_p: float = number(0.2, 0, 1)
+    decoder_dim: int | None = integer(None)
+    decoder_heads: int | None = integer(None)
+    pred_init: str = one_of("small", "small", "official")
+    freeze_patch_embed: bool = True
+    momentum: float | None = number(None, 0, 1)
+    momentum_end: float = number(1.0, 0, 1)
+    sigma_corr: float = number(1.0)
+    sigma_cont: float = number(0.0)
+    temperature: float = number(0.2, 1e-4)
+    projector_hidden: int = integer(4096)
+    projector_dim: int = integer(256)
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+
+
+@dataclasses.dataclass
 class Decoder:
     dim: int | None = integer(None)
     depth: int | None = integer(None)
@@ -345,6 +376,8 @@ class BackboneConfig:
     pos_resize: str | None = one_of("timm", "timm", "official")
     image_size: int = integer(224, 8)
     local_size: int = integer(96, 8)
+    context_size: int = integer(224, 8)
+    exemplar_size: int = integer(96, 8)
     decoder: Decoder = dataclasses.field(default_factory=Decoder)
 
 
@@ -594,6 +627,7 @@ SCHEMAS: dict[str, Any] = {
         "odis": ODIS,
         "ijepa": IJEPA,
         "dmt_jepa": DMTJEPA,
+        "cim": CIM,
     },
     "backbone": BackboneConfig,
     "data": {"shards": Data, "folder": Data, "scenes": Scenes},
@@ -609,5 +643,6 @@ DURATIONS = ("max_steps", "max_epochs", "max_images")
 NOT_IN_RESULT = (
     *("run_dir", "allow_change", "num_workers", "log_every_n_steps", "trainer", "logger", "launcher"),
     *("checkpoint", "knn", "pictures", "objective.recipe", "backbone.decoder", "backbone.local_size"),
+    *("backbone.context_size", "backbone.exemplar_size"),
     *("data.max_bad_fraction", "data.index_dir"),
 )

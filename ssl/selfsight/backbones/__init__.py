@@ -62,9 +62,8 @@ def family_of(name: str) -> tuple[str, str, dict[str, Any]]:
 
 def backbone_args(node: Any) -> dict[str, Any]:
     """The keyword arguments of `build_backbone` in a config's `backbone` group."""
-    return {
-        k: v for k, v in node.items() if v is not None and k not in ("family", "image_size", "local_size", "decoder")
-    }
+    other = ("family", "image_size", "local_size", "context_size", "exemplar_size", "decoder")
+    return {k: v for k, v in node.items() if v is not None and k not in other}
 
 
 def build_backbone(

@@ -129,6 +129,9 @@ class Backbone(nn.Module):
     def freeze_pooled(self) -> None:
         """Freeze what only the pooled token passes through (DDP refuses parameters that get no gradient)."""
 
+    def freeze_patches(self) -> None:
+        """Freeze the projection of pixels where that is a single linear map (ViT), as MoCo v3 does for stability."""
+
     def compile_blocks(self, **kwargs) -> None:
         """Compile the walker of one block (few graphs, short cold start, no state): `torch.compile(**kwargs)`."""
         allow_graphs()

@@ -182,6 +182,10 @@ class ViT(Backbone):
     def final_norm(self) -> nn.Module:
         return self.timm.norm
 
+    def freeze_patches(self) -> None:
+        nn.init.zeros_(self.timm.patch_embed.proj.bias)
+        self.timm.patch_embed.proj.requires_grad_(False)
+
     def embed(self, images: Tensor, hide: Drop | Replace | None) -> Tensor:
         """Prefix and patch tokens with positions, [B, prefix + K or N, D]; dropped patches are never projected."""
         proj = self.timm.patch_embed.proj

@@ -1,8 +1,9 @@
 """Official checkpoint layouts, as key tables: whose keys are these, and what are they called here?
 
 `split(state, layout)` sorts a state dict into "backbone" (timm's names), "decoder" (the names of `nn.decoders`,
-`nn.pixel_conv` and `nn.predictor`), "heads" (the reference's own names, which are ours, too), "mask_token", and "left"
-(what neither has: classifiers, mask tokens of other methods …, under their own names).
+`nn.pixel_conv`, `nn.predictor` and `nn.correlation`), "heads" (the reference's own names, which are ours, too),
+"mask_token", "teacher" (a second backbone in the same file, timm's names), and "left" (what neither has: classifiers,
+mask tokens of other methods …, under their own names).
 """
 
 from __future__ import annotations
@@ -83,6 +84,17 @@ RULES: dict[str, list[Rule]] = {
         (r"predictor\.(?:predictor_)?(.*)", "decoder", r"\1"),
         (r"local_agg_head\.(.*)", "heads", r"aggregate.\1"),
     ],
+    # weivision/Correlational-Image-Modeling: online and EMA (*_c) networks side by side.
+    "cim": [
+        (r"(cls_token|pos_embed|patch_embed\..*|blocks\..*|norm\..*)", "backbone", r"\1"),
+        (r"(patch_embed|blocks|norm)_c\.(.*)", "teacher", r"\1.\2"),
+        (r"decoder_(embed\..*|pos_embed|norm\..*)", "decoder", r"\1"),
+        (r"decoder_corr_block\.(block\..*)", "decoder", r"\1"),
+        (r"decoder_pred_mask\.0\.(.*)", "decoder", r"pred.\1"),
+        (r"decoder_g_embed\.(.*)", "heads", r"projector.\1"),
+        (r"decoder_g_embed_c\.(.*)", "heads", r"teacher_projector.\1"),
+        (r"decoder_predictor\.(.*)", "heads", r"predictor.\1"),
+    ],
     # ysj9909/SHViT: lists blocks1..3 that hold the down-samplers as their first three entries.
     "shvit": [
         (r"(patch_embed\..*)", "backbone", r"\1"),
@@ -93,7 +105,7 @@ RULES: dict[str, list[Rule]] = {
 }
 
 
-PARTS = ("backbone", "decoder", "heads", "mask_token", "left")
+PARTS = ("backbone", "decoder", "heads", "mask_token", "teacher", "left")
 
 
 def detect(keys: Iterable[str]) -> list[str]:
@@ -120,6 +132,8 @@ def detect(keys: Iterable[str]) -> list[str]:
         found.append("dino")
     if has(r"encoder\.patch_embed\.proj\.") and has(r"encoder\.blocks\.0\.attn\.qkv\."):
         found.append("ijepa")
+    if has(r"decoder_corr_block\."):
+        found.append("cim")
     if has("cls_token") and has(r"patch_embed\.proj\.") and has(r"blocks\.0\.attn\.qkv\."):
         found.append("mae")
     return found
@@ -164,6 +178,8 @@ def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tenso
             parts["backbone"][f"norm.{name}"] = norm
     if layout == "dinov2" and "reg_token" in parts["backbone"]:
         _place_registers(parts["backbone"])
+    if parts["teacher"]:  # CIM's has no class token and positions of its own
+        parts["teacher"] |= {k: v for k, v in parts["backbone"].items() if k in ("cls_token", "pos_embed")}
     if layout == "odis":
         _place_object_token(parts["backbone"])
     return parts

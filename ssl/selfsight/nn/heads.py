@@ -1,8 +1,9 @@
-"""Prototype heads: from a feature to logits over learned prototypes (DINO, iBOT, SelfPatch, ODIS)."""
+"""Heads: from a feature to logits over learned prototypes (DINO, iBOT, SelfPatch, ODIS); MLPs of MoCo v3 (CIM)."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -108,3 +109,14 @@ def run_mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
 def run_prototypes(last: nn.Module, z: Tensor) -> Tensor:
     """[*, b] -> [*, K]."""
     return last(z)
+
+
+def batch_norm_mlp(widths: Sequence[int]) -> nn.Sequential:
+    """MoCo v3's projector and predictor (Chen et al., ICCV 2021): linear layers without bias, a BatchNorm over all
+    processes behind each, ReLU between; the last norm has no gain."""
+    parts: list[nn.Module] = []
+    for i, (a, b) in enumerate(itertools.pairwise(widths), 2):
+        last = i == len(widths)
+        parts += [nn.Linear(a, b, bias=False), GlobalBatchNorm1d(b, affine=not last)] + [nn.ReLU()] * (not last)
+        nn.init.xavier_uniform_(parts[3 * (i - 2)].weight)
+    return nn.Sequential(*parts)

@@ -111,3 +111,16 @@ def koleo(features: Tensor, scope: str = "global", eps: float = 1e-8) -> Tensor:
         with torch.no_grad():
             nearest = (x @ everyone.T).scatter(1, own[:, None], -1.0).argmax(1)
         return -(F.pairwise_distance(x, everyone[nearest], p=2, eps=eps) + eps).log().mean()
+
+
+def info_nce(queries: Tensor, keys: Tensor, temp: float) -> Tensor:
+    """Each query finds its own key among those of all processes: [B, D] twice -> [B], times 2 temp as in MoCo v3.
+
+    Keys carry no gradient (they are a teacher's).
+    """
+    with full_precision(queries):
+        q, k = (F.normalize(upcast(x), dim=-1) for x in (queries, keys.detach()))
+        everyone = _Gather.apply(k) if world_size() > 1 else k
+        first = dist.get_rank() * len(k) if world_size() > 1 else 0
+        own = torch.arange(first, first + len(k), device=k.device)
+        return 2 * temp * F.cross_entropy(q @ everyone.T / temp, own, reduction="none")

@@ -16,6 +16,7 @@ NAMES = {
     "odis": "odis:ODIS",
     "ijepa": "ijepa:IJEPA",
     "dmt_jepa": "dmt_jepa:DMTJEPA",
+    "cim": "cim:CIM",
 }
 
 

@@ -175,15 +175,23 @@ def multicrop(cfg: Any, place: Any = None, cells: tuple = ()) -> Views:
 
 
 def multicrop_backbone(cfg: Any, needs: Needs) -> Backbone:
-    """The backbone, which must take both sizes of views; a refusal names the key of the size that does not fit."""
-    sizes = cfg.views["global"].size, *([cfg.views.local.size] if cfg.views.local.n else [])
+    """The backbone, which must take both sizes of views."""
+    kinds = ("global", *(["local"] if cfg.views.local.n else []))
+    return sized_backbone(cfg, needs, {f"views.{kind}.size": cfg.views[kind].size for kind in kinds})
+
+
+def sized_backbone(cfg: Any, needs: Needs, sizes: dict[str, int]) -> Backbone:
+    """The backbone for images of these sides, the main one first; a refusal names the key of the one that does not
+    fit."""
     try:
-        return build_backbone(needs=needs, image_sizes=sizes, adapt=cfg.adapt, **backbone_args(cfg.backbone))
+        return build_backbone(
+            needs=needs, image_sizes=tuple(sizes.values()), adapt=cfg.adapt, **backbone_args(cfg.backbone)
+        )
     except BackboneError as error:
         text = str(error)
-        for kind, size in zip(("global", "local"), sizes):
+        for key, size in sizes.items():
             if text.startswith(f"image size {size} "):
-                raise BackboneError(text.replace(f"image size {size}", f"views.{kind}.size={size}", 1)) from None
+                raise BackboneError(text.replace(f"image size {size}", f"{key}={size}", 1)) from None
         raise
 
 

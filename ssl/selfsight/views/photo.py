@@ -20,7 +20,8 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 
 @torch.no_grad()
 def prepare(batch: Batch, views: Views, mean: Tensor, std: Tensor) -> Batch:
-    """Add batch["images"]: uint8 crops to float32 [n, B, c, s, s], flipped, photometry applied, normalised.
+    """Add batch["images"]: uint8 crops to float32 [n, B, c, s, s], flipped, photometry applied, normalised; and
+    batch["mean"], batch["std"], for objectives that cut further views out of the images and alter their colours.
 
     mean, std: [c], in units where white is 1. Order as in DINO: flip, jitter, grayscale, blur, solarize, normalise.
     Flipped crops have their boxes turned (x0 > x1) and their `cells` mirrored. The given batch is not changed.
@@ -38,7 +39,7 @@ def prepare(batch: Batch, views: Views, mean: Tensor, std: Tensor) -> Batch:
                 cells[crop.name] = flip(cells[crop.name], flips)
         x = photometric(x.float().div_(255), batch["key"], crop)
         images[crop.name] = x.sub_(mean[:, None, None]).div_(std[:, None, None])  # x is ours: no further copies
-    added: Batch = {"images": images}
+    added: Batch = {"images": images, "mean": mean, "std": std}
     if boxes:
         added["boxes"] = boxes
     if cells:

@@ -67,4 +67,6 @@ class Batch(TypedDict, total=False):
     cells: dict[str, Tensor]  # uint8 [n, B, h, w]: 1 = the patch shows the chosen object
     has_object: Tensor  # bool [B]: an object was chosen, though not every crop may show it; there if `cells` is
     images: dict[str, Tensor]  # float32 [n, B, 3, s, s], added by `prepare`; flipped crops' boxes have x0 > x1
+    mean: Tensor  # float [c]: what `prepare` normalised with, as is `std`
+    std: Tensor
     events: list[Any]  # bad samples that were substituted (data.loader.Event); never reaches the device
