@@ -76,7 +76,9 @@ def wait_for_step(run_dir: Path, process: subprocess.Popen, step: int, seconds: 
         if process.poll() is not None:
             raise AssertionError(f"ended early with {process.returncode}:\n{run_dir.with_suffix('.log').read_text()}")
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)  # or it would take the processor from all tests that follow
+    # or it would take the processor from all tests that follow
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     raise AssertionError(f"step {step} not reached:\n{run_dir.with_suffix('.log').read_text()}")
 
 
