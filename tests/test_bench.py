@@ -300,3 +300,35 @@ def test_feature_prediction_benchmark_refuses_what_the_textbook_has_not(benchmar
     objective, cfg = feature_step.build("dmt_jepa", [*FEATURES, "objective.query=patch"])
     with pytest.raises(config.ConfigError, match="DMT-JEPA's defaults"):
         feature_step.TEXTBOOK["dmt_jepa"](objective, cfg.optim)
+
+
+CIM = [
+    "backbone=vit_nano", "backbone.embed_dim=32", "backbone.depth=2", "backbone.pos_resize=official", "image_size=32",
+    "objective.exemplars=3", "objective.decoder_dim=16", "objective.decoder_heads=2", "optim.lr=0.01", "batch_size=2",
+]  # fmt: skip
+
+
+def test_two_textbook_cim_steps_lead_to_our_weights(benchmarks):
+    import cim_step
+
+    objective, cfg = cim_step.build(CIM)
+    objective.double()
+    batch, textbook = cim_step.search(objective, 2), cim_step.Textbook(objective, cfg.optim)
+    ours, start = cim_step.Ours(objective, cfg.optim), objective.decoder.embed.weight.detach().clone()
+    _, difference = cim_step.check(ours, textbook, batch)  # asserts the same loss and gradients, and is no step
+    assert difference < 1e-5
+    for step in range(2):
+        torch.testing.assert_close(textbook.gradients(batch, step), ours.gradients(batch, step), rtol=1e-9, atol=0)
+        textbook.update(step)
+        ours.update(step)
+    assert (objective.decoder.embed.weight - start).abs().max() > 1e-3
+    for (name, a), b in zip(objective.teacher.named_parameters(), textbook.objective.teacher.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_cim_benchmark_refuses_batch_norms(benchmarks):
+    import cim_step
+
+    objective, cfg = cim_step.build([*CIM, "objective.sigma_cont=1", "objective.projector_hidden=8"])
+    with pytest.raises(config.ConfigError, match=r"objective\.sigma_cont=0"):
+        cim_step.Textbook(objective, cfg.optim)
