@@ -19,6 +19,13 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def each(backbones):
+    """Both objectives on each backbone; DMT-JEPA beyond ViT, which adds a head to what I-JEPA does there, is slow."""
+    slow = {"marks": pytest.mark.slow}
+    pairs = [(name, backbone) for name in OBJECTIVES for backbone in backbones]
+    return [pytest.param(*pair, **(slow if pair[0] == "dmt_jepa" and pair[1] != "vit_nano" else {})) for pair in pairs]
+
+
 def build(name, *overrides, backbone="vit_nano", total_steps=10):
     words = [f"objective={name}", f"backbone={backbone}", f"image_size={FAMILIES[backbone]}", *overrides]
     objective = build_objective(config.load("train", words), total_steps=total_steps, steps_per_epoch=5)
@@ -201,8 +208,7 @@ def test_forward_compiles_without_breaks_or_recompiles(name):
             objective.loss(objective.draw(batch_of(objective), step), step)[0].backward()
 
 
-@pytest.mark.parametrize("backbone", FAMILIES)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "backbone"), each(FAMILIES))
 def test_every_parameter_that_trains_gets_a_gradient(name, backbone):
     objective = build(name, backbone=backbone)
     objective(batch_of(objective), 0)[0].backward()
@@ -323,8 +329,7 @@ def test_refusals_are_one_sentence(words, sentence):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("backbone", ["vit_nano", "shvit_nano_lite"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "backbone"), each(["vit_nano", "shvit_nano_lite"]))
 def test_pictures_show_context_and_targets_apart(name, backbone):
     objective = build(name, backbone=backbone).eval()
     batch = objective.draw(batch_of(objective), 0)
