@@ -33,6 +33,7 @@ from selfsight import config
 from selfsight.backbones.tokens import BackboneError
 from selfsight.backbones.vit import ViT
 from selfsight.config import ConfigError
+from selfsight.nn.losses import upcast
 from selfsight.objectives import build_objective
 from selfsight.objectives.ijepa import IJEPA
 from selfsight.views.spec import Batch
@@ -82,8 +83,8 @@ class Textbook:
         images, predictor = batch["images"]["image"][0], self.predictor
         pos = predictor.pos_embed[0]
         with torch.no_grad():
-            features = self.teacher["backbone"].timm.forward_features(images).float()
-            target = self.targets(F.layer_norm(features, features.shape[-1:]))
+            features = self.teacher["backbone"].timm.forward_features(images)
+            target = self.targets(F.layer_norm(upcast(features), features.shape[-1:]))
         tokens = self.encoder.patch_embed(images) + self.encoder.pos_embed
         tokens = gather(tokens, batch["context"])
         for block in self.encoder.blocks:
@@ -94,8 +95,8 @@ class Textbook:
             x = torch.cat([seen, (predictor.mask_token + pos[ids]).to(seen.dtype)], 1)
             for block in predictor.blocks:
                 x = block(x)
-            prediction = predictor.proj(predictor.norm(x))[:, seen.shape[1] :].float()
-            terms.append(F.smooth_l1_loss(prediction, gather(target, ids).float()))
+            prediction = predictor.proj(predictor.norm(x))[:, seen.shape[1] :]
+            terms.append(F.smooth_l1_loss(upcast(prediction), upcast(gather(target, ids))))
         return torch.stack(terms).mean()
 
     def gradients(self, batch: Batch, step: int) -> Tensor:
