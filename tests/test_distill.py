@@ -348,6 +348,15 @@ def test_the_patch_centre_is_a_float32_mean_under_autocast():
     torch.testing.assert_close(objective.center2.center, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_centre_of_weighted_rows_is_a_float32_mean_under_autocast():
+    logits, weight = 0.5 + 0.3 * torch.randn(512, 8), (torch.arange(512) % 4 > 0).float()
+    center = Center(8).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        center(logits, 0.04, weight)
+    center.apply_(0.0)
+    torch.testing.assert_close(center.center, logits[weight > 0].mean(0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_pictures(name):
     objective = build(name)
