@@ -318,6 +318,7 @@ def test_stochastic_depth_keeps_its_mean_and_knows_no_batch():
         (("ibot", "objective.num_patch_prototypes=8"), "is not used by a shared head"),
         (("ibot", "backbone=timm", "backbone.name=resnet18"), "cannot hide cells"),
         (("dino", "objective.num_prototypes=1"), "objective.num_prototypes=1"),
+        (("dino", "objective.blur_p=0.5"), "expected 3 numbers from 0 to 1 such as [1.0, 0.1, 0.5]"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_sentence(words, sentence):
