@@ -318,6 +318,9 @@ def test_stochastic_depth_keeps_its_mean_and_knows_no_batch():
         (("ibot", "objective.num_patch_prototypes=8"), "is not used by a shared head"),
         (("ibot", "backbone=timm", "backbone.name=resnet18"), "cannot hide cells"),
         (("dino", "objective.num_prototypes=1"), "objective.num_prototypes=1"),
+        (("odis", "objective.object_margin=1"), "object_margin=1 has no effect with objective.object_shape=exact"),
+        (("odis", "objective.object_crops=none", "objective.object_locals=true"), "object_crops=analytic or official"),
+        (("odis", "objective.object_pool=mean"), "objective.object_pool=mean is for backbones without a class token"),
         (("dino", "objective.blur_p=0.5"), "expected 3 numbers from 0 to 1 such as [1.0, 0.1, 0.5]"),
     ],
 )  # fmt: skip
