@@ -6,6 +6,7 @@ import pytest
 
 import runs
 from selfsight import config
+from selfsight.data.source import DataError
 from selfsight.objectives import build_objective
 from selfsight.training.run import Run
 from selfsight.training.screen import compared
@@ -54,6 +55,13 @@ def test_a_run_with_accumulation_and_without_objects_says_both(tmp_path, capsys)
     assert "Sinkhorn-Knopp and KoLeo over 4 of 8 images: all processes together (a micro-batch)" in text
     assert "every image counts as one object, as in iBOT" in text
     assert "weight decay 0.04 to 0.4" in text
+
+
+def test_data_without_objects_is_refused_where_they_are_required(tmp_path):
+    words = ("objective=odis", *SMALL, "objective.no_mask=error", "image_size=32", "views.local.size=16")
+    data = ("data=shards", f"data.train={runs.shard(tmp_path / 'a.tar', 16)}")
+    with pytest.raises(DataError, match=r"no object masks and objective\.no_mask=error: add objects\.png"):
+        runs.run_here(tmp_path / "r", *words, *data, without=runs.SCENES)
 
 
 def test_a_stream_does_not_claim_to_have_no_objects():
