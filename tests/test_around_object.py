@@ -5,6 +5,7 @@ import pytest
 
 from drawn import bound, disc, raw, two_discs
 from selfsight.data.loader import Cutter
+from selfsight.data.source import SampleError
 from selfsight.views.place import AroundObject, independent
 from selfsight.views.spec import Cells, Crop, Views
 
@@ -162,6 +163,12 @@ def test_places_are_a_function_of_the_key_and_pinned():
 
 
 PINNED = [[2, 37, 93, 111], [3, 16, 91, 102]]
+
+
+@pytest.mark.parametrize("sample", [raw(), raw(np.zeros((30, 40), np.uint8))])
+def test_where_objects_are_required_a_sample_without_is_a_bad_one(sample):
+    with pytest.raises(SampleError, match=r"no object mask, and objective\.no_mask=error wants one"):
+        AroundObject(required=True)(bound(0), CROPS, 60, 80, sample)
 
 
 def test_an_unknown_choice_is_named():

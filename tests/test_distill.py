@@ -318,6 +318,10 @@ def test_stochastic_depth_keeps_its_mean_and_knows_no_batch():
         (("ibot", "objective.num_patch_prototypes=8"), "is not used by a shared head"),
         (("ibot", "backbone=timm", "backbone.name=resnet18"), "cannot hide cells"),
         (("dino", "objective.num_prototypes=1"), "objective.num_prototypes=1"),
+        (("odis", "objective.object_margin=1"), "object_margin=1 has no effect with objective.object_shape=exact"),
+        (("odis", "objective.object_crops=none", "objective.object_locals=true"), "object_crops=analytic or official"),
+        (("odis", "objective.object_pool=mean"), "objective.object_pool=mean is for backbones without a class token"),
+        (("dino", "objective.blur_p=0.5"), "expected 3 numbers from 0 to 1 such as [1.0, 0.1, 0.5]"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_sentence(words, sentence):
@@ -346,6 +350,15 @@ def test_the_patch_centre_is_a_float32_mean_under_autocast():
     with torch.no_grad():
         expected = objective.teacher["patch_head"].score(z.float()).flatten(0, 1).mean(0)
     torch.testing.assert_close(objective.center2.center, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_centre_of_weighted_rows_is_a_float32_mean_under_autocast():
+    logits, weight = 0.5 + 0.3 * torch.randn(512, 8), (torch.arange(512) % 4 > 0).float()
+    center = Center(8).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        center(logits, 0.04, weight)
+    center.apply_(0.0)
+    torch.testing.assert_close(center.center, logits[weight > 0].mean(0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,10 +1,14 @@
 """The first lines of a run: what they add to the plain facts."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import runs
 from selfsight import config
+from selfsight.data.source import DataError
 from selfsight.objectives import build_objective
+from selfsight.training.run import Run
 from selfsight.training.screen import compared
 
 SMALL = ("objective.num_prototypes=8", "objective.head_hidden=8", "objective.head_bottleneck=8", "batch_size=8")
@@ -51,3 +55,20 @@ def test_a_run_with_accumulation_and_without_objects_says_both(tmp_path, capsys)
     assert "Sinkhorn-Knopp and KoLeo over 4 of 8 images: all processes together (a micro-batch)" in text
     assert "every image counts as one object, as in iBOT" in text
     assert "weight decay 0.04 to 0.4" in text
+
+
+def test_data_without_objects_is_refused_where_they_are_required(tmp_path):
+    words = ("objective=odis", *SMALL, "objective.no_mask=error", "image_size=32", "views.local.size=16")
+    data = ("data=shards", f"data.train={runs.shard(tmp_path / 'a.tar', 16)}")
+    with pytest.raises(DataError, match=r"no object masks and objective\.no_mask=error: add objects\.png"):
+        runs.run_here(tmp_path / "r", *words, *data, without=runs.SCENES)
+
+
+def test_a_stream_does_not_claim_to_have_no_objects():
+    for no_mask, does in (("full", "counts as one"), ("skip", "has no pooled loss"), ("error", "is a bad sample")):
+        run = SimpleNamespace(
+            cfg=config.load("train", ["objective=odis", f"objective.no_mask={no_mask}"]), streaming=True,
+            source=SimpleNamespace(has_objects=False),
+        )  # fmt: skip
+        text = Run._objects(run)
+        assert "none in the data" not in text and does in text

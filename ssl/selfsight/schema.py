@@ -102,7 +102,7 @@ def numbers(default: list[float] | None, count: int | None, low: float, high: fl
         length = len(found) == count if count else len(found) > 0
         return _require(length and ordered and all(low <= v <= high for v in found), found)
 
-    example = "[0.2, 1.0]" if rising else "[0.9, 0.95]" if count == 2 else "[0.1, 0.3]"
+    example = "[0.2, 1.0]" if rising else {2: "[0.9, 0.95]", 3: "[1.0, 0.1, 0.5]"}.get(count, "[0.1, 0.3]")
     return _field(
         default, f"{count or 'some'} {'rising ' * rising}numbers from {low:g} to {high:g} such as {example}", parse
     )

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .losses import all_sum, upcast, world_size
+from .losses import all_sum, full_precision, upcast, world_size
 
 
 class Center(nn.Module):
@@ -35,7 +35,8 @@ class Center(nn.Module):
             self.add(rows.sum(0), rows.new_full((), len(rows)))
         else:
             weight = weight.flatten().to(rows.dtype)
-            self.add(weight @ rows, weight.sum())
+            with full_precision(rows):  # a product of matrices, which autocast would take in half precision
+                self.add(weight @ rows, weight.sum())
         return self.targets(logits, temp)
 
     def targets(self, logits: Tensor, temp: float) -> Tensor:

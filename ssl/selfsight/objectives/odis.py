@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.tokens import Backbone, Needs, Replace, Tokens
-from ..config import duration
+from ..config import ConfigError, duration
 from ..nn.class_attention import ClassAttention
 from ..nn.losses import global_mean
 from ..views.place import AroundObject
@@ -46,6 +46,7 @@ class ODIS(IBOT):
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> ODIS:
         o = cfg.objective
+        refuse_idle(o)
         kwargs, pace = distill.settings(cfg, *OWN), Pace.of(cfg, total_steps, steps_per_epoch)
         backbone, student = object_networks(cfg, cls.needs)
         place = AroundObject(
@@ -104,11 +105,30 @@ class ODIS(IBOT):
         return (pairs * weight).sum() / (b * (g * v - g))
 
 
+def refuse_idle(o: Any) -> None:
+    """ConfigError for a key that another one leaves without effect."""
+    if o.object_margin and o.object_shape == "exact":
+        raise ConfigError(
+            f"objective.object_margin={o.object_margin} has no effect with objective.object_shape=exact: leave it out, "
+            "or use objective.object_shape=box"
+        )
+    if o.object_locals and o.object_crops == "none":
+        raise ConfigError(
+            "objective.object_locals=true has no effect with objective.object_crops=none: leave it out, or use "
+            "objective.object_crops=analytic or official"
+        )
+
+
 def object_networks(cfg: Any, needs: Needs) -> tuple[Backbone, nn.ModuleDict]:
     """The backbone and the student's parts. A backbone that can attend restricts its own token; others get a read-out
     (object_pool=attention) or average the object's positions (mean)."""
     pool = cfg.objective.object_pool
     backbone = distill.multicrop_backbone(cfg, needs._replace(focus=pool != "none"))
+    if pool == "mean" and backbone.can_attend:
+        raise ConfigError(
+            f"objective.object_pool=mean is for backbones without a class token, and {cfg.backbone.name} has one: "
+            "use objective.object_pool=attention or none"
+        )
     parts: dict[str, nn.Module] = {"backbone": backbone} | patch_heads(cfg, backbone.embed_dim)
     if pool == "attention" and not backbone.can_attend:
         parts["readout"] = ClassAttention.on(backbone)

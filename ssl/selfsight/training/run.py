@@ -295,11 +295,12 @@ class Run:
 
     def _objects(self) -> str:
         """What an objective that asks for objects does without any."""
-        if self.cfg.objective.get("no_mask") is None or self.source.has_objects:
+        no_mask = self.cfg.objective.get("no_mask")
+        if no_mask is None or self.source.has_objects:
             return ""
-        skip = self.cfg.objective.no_mask == "skip"
-        does = "the pooled loss is left out" if skip else "every image counts as one object, as in iBOT"
-        return f"none in the data: {does} (objective.no_mask={self.cfg.objective.no_mask})"
+        found = "known as the stream is read: without any, an" if self.streaming else "none in the data: every"
+        does = {"full": "counts as one object, as in iBOT", "skip": "has no pooled loss", "error": "is a bad sample"}
+        return f"{found} image {does[no_mask]} (objective.no_mask={no_mask})"
 
     def _sink(self) -> Any:
         if self.cfg.logger.name != "wandb":
