@@ -371,6 +371,19 @@ def test_pictures(name):
     assert all(r.shape == (4, 3, 32, 32) and torch.isfinite(r).all() for r in rows.values())
 
 
+def test_pictures_of_a_read_out_show_where_it_looks():
+    objective = build("odis", "backbone=convnextv2_nano_lite", "backbone.patch_size=1").eval()
+    batch = objective.draw(batch_of(objective), 0)
+    grid = objective.teacher["backbone"].grid(32)
+    focus = torch.zeros(len(batch["focus"]), grid[0] * grid[1], dtype=torch.bool)
+    focus[:, 0] = True
+    rows = objective.pictures(batch | {"focus": focus})
+    lit = rows["head 1"] - rows["global 1"]
+    cell = 32 // grid[0]
+    assert lit[..., :cell, :cell].abs().max() < 1e-5  # all of the light is on the one patch
+    assert (lit[..., cell:, cell:].abs().amax((1, 2, 3)) > 0.1).all()
+
+
 def test_a_model_of_one_input_size_refuses_local_views():
     words = ("backbone=timm", "backbone.name=cait_xxs24_224", "image_size=224", "views.local.size=96")
     with torch.device("meta"), pytest.raises(BackboneError, match=r"views\.local\.size=96 is not one that cait_xxs24"):

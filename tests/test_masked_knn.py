@@ -230,6 +230,26 @@ def settings(run, *words):
     return config.load("probe", [f"checkpoint={run}", "num_workers=0", "device=cpu", "probe.k=3", *words])
 
 
+def test_a_read_out_is_judged_where_one_was_trained(tmp_path):
+    words = ("image_size=32", "backbone=convnextv2_nano_lite", "backbone.patch_size=1", "max_steps=4", "data=scenes",
+             "objective.num_prototypes=8", "objective.head_hidden=8", "objective.head_bottleneck=4")  # fmt: skip
+    cfg = config.load("train", ["objective=odis", *words, f"run_dir={tmp_path}"])
+    torch.manual_seed(0)
+    objective = build_objective(cfg, total_steps=4, steps_per_epoch=1.0).eval()
+    meta = {"total_steps": 4, "mean": [0.5] * 3, "std": [0.25] * 3}
+    checkpoint.save(tmp_path / "checkpoints", 4, {"model": checkpoint.unique_state(objective)}, meta)
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    model = load_backbone(str(tmp_path), masks="first").model
+    rows = object_rows(model, "first", 32)
+    images, focus = torch.randn(2, 3, 32, 32), torch.zeros(2, rows.grid[0] * rows.grid[1], dtype=torch.bool)
+    focus[:, 3:7] = True
+    with torch.no_grad():
+        tokens = objective.teacher["backbone"](images)
+        expected = objective.pool(objective.teacher, tokens, focus)
+        torch.testing.assert_close(model(images, focus=focus).pooled, expected)
+        torch.testing.assert_close(model(images).pooled, tokens.pooled)  # without masks: what is exported
+
+
 def test_images_without_an_object_are_counted_and_said(run, capsys):
     plain, masked = probe(settings(run)), probe(settings(run, "probe.masks=largest"))
     assert masked["masked"] == {"bank": 12, "query": 4} and masked["without_object"] == {"bank": 2, "query": 1}

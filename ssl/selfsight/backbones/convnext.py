@@ -193,7 +193,7 @@ class ConvNeXt(Backbone):
         patches = flat(patches)
         if isinstance(hide, Drop):
             patches = pick(patches, self.to_tokens(hide.ids, size))
-        return Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers))
+        return self.read_out(Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers)), focus)
 
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else getattr(self.timm.head, "norm", None)

@@ -152,7 +152,7 @@ class SHViT(Backbone):
         patches = flat(last)
         if isinstance(hide, Drop):
             patches = pick(patches, self.to_tokens(hide.ids, size))
-        return Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers))
+        return self.read_out(Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers)), focus)
 
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else None

@@ -80,6 +80,7 @@ class Backbone(nn.Module):
     drop_path_rate: float
     num_heads: int | None = None  # of attention layers, where there are any
     can_attend: bool = False  # `attention=True` gives the pooled token's row, also where the objective did not ask
+    readout: nn.Module | None  # trained beside it, attached where a checkpoint is judged with masks; mostly not there
     block_fn: Callable  # the walker of one block; `compile_blocks` swaps it for a compiled one
 
     def cells(self, size: int) -> tuple[int, int]:
@@ -121,6 +122,14 @@ class Backbone(nn.Module):
         norm: apply the final norm to `patches` and `prefix`. attention: also return the pooled token's last row.
         """
         raise NotImplementedError
+
+    def read_out(self, tokens: Tokens, focus: Tensor | None) -> Tokens:
+        """Tokens whose pooled feature is what an attached `readout` sees of the focused patches."""
+        readout = getattr(self, "readout", None)  # a class attribute would hide a registered module of this name
+        if readout is None or focus is None:
+            return tokens
+        pooled = readout.normed(readout.pool(readout.project(tokens.patches), focus))
+        return tokens._replace(pooled=pooled, prefix=pooled[:, None])
 
     def final_norm(self) -> nn.Module | None:
         """The norm that `norm=False` leaves out of `patches`; None where there is none."""

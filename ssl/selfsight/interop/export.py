@@ -245,7 +245,7 @@ def load_run(folder: Path, which: str | None = None, step: str | int = "last") -
     card = {"objective": cfg.objective.name, "backbone": cfg.backbone.name, "which": name,
             "data": OmegaConf.select(cfg, "data.name"), "steps": meta["step"], "images_seen": meta.get("images"),
             "image_size": cfg.image_size, "batch_size": OmegaConf.select(cfg, "batch_size")}  # fmt: skip
-    backbone = found[name]
+    backbone = objective.judged(name)
     if spoiled(objective, backbone):
         backbone = clean(backbone, _unmasked(cfg, objective, mean, std))
     return Run(backbone, name, tuple(mean), tuple(std), int(cfg.image_size), card)

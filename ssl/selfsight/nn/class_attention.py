@@ -47,15 +47,20 @@ class _Layer(nn.Module):
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
         """query [B or 1, M or 1, D], keys and values [B, M, S, heads, d], valid bool [B, M, S] -> branch [B, M, D]."""
         attn, x = self.attn, self.norm1(query)
-        q, key, value = (attn.split(part(x)) for part in (attn.q, attn.k, attn.v))
+        weights, value = self.weights(query, keys, valid), attn.split(attn.v(x))
+        pooled = weights[..., :1] * value + torch.einsum("...hs,...shd->...hd", weights[..., 1:], values)
+        return attn.proj(pooled.flatten(-2))
+
+    def weights(self, query: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+        """Arguments as of `attend` -> [B, M, heads, 1 + S]: of the query itself, then of its set."""
+        attn, x = self.attn, self.norm1(query)
+        q, key = attn.split(attn.q(x)), attn.split(attn.k(x))
         own = (q * key).sum(-1, keepdim=True)
         scores = torch.einsum("...hd,...shd->...hs", q, keys)
         if valid is not None:
             scores = scores.masked_fill(~valid[..., None, :], float("-inf"))
         scores = torch.cat([own.expand(*scores.shape[:-1], 1), scores], -1) * q.shape[-1] ** -0.5
-        weights = scores.softmax(-1)
-        pooled = weights[..., :1] * value + torch.einsum("...hs,...shd->...hd", weights[..., 1:], values)
-        return attn.proj(pooled.flatten(-2))
+        return scores.softmax(-1)
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None) -> Tensor:
         """As `attend`, with the residual and the MLP."""
@@ -98,6 +103,14 @@ class ClassAttention(nn.Module):
         for layer, (keys, values) in zip(self.cls_blocks, projected):
             x = self.layer_fn(layer, x, keys[:, None], values[:, None], None if focus is None else focus[:, None])
         return x[:, 0]
+
+    def attention(self, projected: Projected, focus: Tensor | None = None) -> Tensor:
+        """Where the pooled vector looks in the last layer, [B, heads, N]; what it keeps of itself is left out."""
+        x, last = self.cls_token, self.cls_blocks[-1]
+        masks = None if focus is None else focus[:, None]
+        for layer, (keys, values) in zip(self.cls_blocks[:-1], projected):
+            x = self.layer_fn(layer, x, keys[:, None], values[:, None], masks)
+        return last.weights(x, projected[-1][0][:, None], masks)[:, 0, :, 1:]
 
     def aggregate(self, projected: Projected, ids: Tensor, valid: Tensor | None, query: Tensor | None = None) -> Tensor:
         """One vector per patch from the tokens ids int64 [B, N, k] alone, valid bool [B, N, k] -> [B, N, D].

@@ -131,6 +131,11 @@ class Distillation(Objective):
     def exports(self) -> dict[str, Backbone]:
         return {"teacher": self.teacher["backbone"], "student": self.student["backbone"]}
 
+    def attention(self, net: nn.ModuleDict, images: Tensor, focus: Tensor | None) -> Tensor | None:
+        """Where the pooled token looks in its last layer, [B, heads, N]; None for families without such a token."""
+        backbone = net["backbone"]
+        return backbone(images, attention=True, focus=focus).attention if backbone.can_attend else None
+
     def no_decay(self) -> set[str]:
         return super().no_decay() | {n for n, _ in self.named_parameters() if n.endswith("weight_g")}
 
@@ -211,18 +216,18 @@ def view_pictures(objective: Distillation, batch: Batch) -> dict[str, Tensor]:
     """The two global views, and where the teacher's pooled token looks in the first (families with such a row)."""
     views = batch["images"]["global"]
     rows = {"global 1": views[0], "global 2": views[1]}
-    backbone = objective.teacher["backbone"]
-    if backbone.can_attend:
-        focus = batch.get("focus")
-        rows |= attention_pictures(views[0], backbone, focus=None if focus is None else focus[: len(views[0])])
+    focus = batch.get("focus")
+    maps = objective.attention(objective.teacher, views[0], None if focus is None else focus[: len(views[0])])
+    if maps is not None:
+        rows |= attention_pictures(views[0], maps, objective.teacher["backbone"].grid(views.shape[-1]))
     return rows
 
 
 @torch.no_grad()
-def attention_pictures(images: Tensor, backbone: Backbone, heads: int = 4, **kwargs: Any) -> dict[str, Tensor]:
-    """Where the pooled token looks, per head, as light on the dimmed image: images [B, 3, s, s], normalised."""
-    maps = backbone(images, attention=True, **kwargs).attention[:, :heads]
-    maps = maps.unflatten(2, backbone.grid(images.shape[-1])).to(images.dtype)
+def attention_pictures(images: Tensor, maps: Tensor, grid: tuple[int, int], heads: int = 4) -> dict[str, Tensor]:
+    """Where the pooled token looks, per head, as light on the dimmed image: images [B, 3, s, s], normalised, maps
+    [B, heads, N]."""
+    maps = maps[:, :heads].unflatten(2, grid).to(images.dtype)
     maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-6)
     maps = nn.functional.interpolate(maps, size=images.shape[-2:])
     dark = images.amin((1, 2, 3), keepdim=True)

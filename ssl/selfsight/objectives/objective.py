@@ -66,6 +66,10 @@ class Objective(nn.Module):
         """Backbones that can be exported and probed; the first is the default."""
         raise NotImplementedError
 
+    def judged(self, name: str) -> Backbone:
+        """One of `exports()`, as a loaded checkpoint is judged by k-NN with masks."""
+        return self.exports()[name]
+
     def no_decay(self) -> set[str]:
         """Names of parameters with two or more dimensions that get no weight decay (tokens, positions)."""
         return {name for name, _ in self.named_parameters() if name.endswith(("_token", "pos_embed", "mask_tokens"))}

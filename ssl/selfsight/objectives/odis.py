@@ -91,6 +91,19 @@ class ODIS(IBOT):
             focus = None  # the read-out looks at the object; the backbone at everything
         return Distillation.encode(net, views, *args, focus=focus, **kwargs)
 
+    def attention(self, net: nn.ModuleDict, images: Tensor, focus: Tensor | None) -> Tensor | None:
+        if "readout" not in net:
+            return super().attention(net, images, focus)
+        readout: ClassAttention = net["readout"]
+        return readout.attention(readout.project(net["backbone"](images).patches), focus)
+
+    def judged(self, name: str) -> Backbone:
+        """With the read-out, where there is one: under masks it is what was trained to see the object."""
+        net = {"teacher": self.teacher, "student": self.student}[name]
+        if "readout" in net:
+            net["backbone"].readout = net["readout"]
+        return net["backbone"]
+
     def pooled_targets(self, pooled: Tensor, rows: int, step: int, seen: Tensor | None) -> Tensor:
         return super().pooled_targets(pooled, rows, step, seen if self.exact_mean else None)
 

@@ -2,7 +2,8 @@
 
 ODIS (Hizli et al., 2025, arXiv 2506.05409, evaluation by k-NN with masked attention at inference): the feature is
 `backbone(images, focus=rows).pooled`, with rows by the rule of training (`views.objects.patches`). On a ViT the class
-token's attention row is restricted in every block; families without such a token average the object's positions.
+token's attention row is restricted in every block; families without such a token average the object's positions, or ask
+the read-out that was trained beside them (`Backbone.read_out`).
 """
 
 from __future__ import annotations
