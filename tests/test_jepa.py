@@ -188,6 +188,16 @@ def test_loss_is_a_pure_function_of_the_batch(name):
     assert objective.loss(again, 3)[0].item() == objective.loss(batch, 3)[0].item()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_stochastic_depth_reaches_the_student_and_not_the_pictures(name):
+    objective, plain = build(name, "backbone.drop_path=0.5"), build(name)
+    plain.load_state_dict(objective.state_dict())
+    batch = objective.draw(batch_of(objective), 0)
+    assert batch["drop"].shape == (8, 4) and plain.draw(batch_of(plain), 0)["drop"] is None
+    assert objective.loss(batch, 0)[0] != plain.loss(batch | {"drop": None}, 0)[0]
+    assert all(torch.equal(a, b) for a, b in zip(objective.pictures(batch).values(), plain.pictures(batch).values()))
+
+
 @pytest.mark.parametrize("name", ["ijepa", pytest.param("dmt_jepa", marks=pytest.mark.slow)])
 def test_forward_compiles_without_breaks_or_recompiles(name):
     objective = build(name)

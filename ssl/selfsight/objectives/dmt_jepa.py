@@ -68,9 +68,9 @@ class DMTJEPA(IJEPA):
             **ijepa.settings(cfg),
         )  # fmt: skip
 
-    def encode(self, images: Tensor, context: Tensor) -> Tensor:
+    def encode(self, images: Tensor, context: Tensor, drop: Tensor | None = None) -> Tensor:
         head: MeanAttention = self.student["aggregate"]
-        return head.mix(super().encode(images, context), mean=self.context_attn == "cross-attn")
+        return head.mix(super().encode(images, context, drop), mean=self.context_attn == "cross-attn")
 
     def targets(self, features: Tensor, ids: Tensor, step: float = math.inf) -> Tensor:
         """Neighbourhoods of the tokens ids int64 [B, M] in the teacher's features [B, N, D]: [B, M, D].

@@ -23,6 +23,7 @@ from ..training.pictures import pca_rgb
 from ..training.schedules import Schedule, linear_then_constant
 from ..training.teacher import Ema, make_teacher, set_mode
 from ..views.blocks import Blocks
+from ..views.masks import drop_table
 from ..views.spec import Batch, Crop, Views
 from .objective import Logs, Objective
 
@@ -68,7 +69,9 @@ class IJEPA(Objective):
 
     def draw(self, batch: Batch, step: int) -> Batch:
         context, target = self.blocks(batch["key"], step)
-        return batch | {"context": context, "target": target}
+        backbone: Backbone = self.student["backbone"]
+        drop = drop_table(batch["key"], "image", 1, backbone.depth, backbone.drop_path_rate)
+        return batch | {"context": context, "target": target, "drop": drop}
 
     def tokens(self, cells: Tensor) -> Tensor:
         """Ids of cells [B, *] to ids of the tokens inside them, [B, *]."""
@@ -84,13 +87,13 @@ class IJEPA(Objective):
         """What is to be predicted at tokens ids int64 [B, M]: [B, M, D]; features: of all tokens, [B, N, D]."""
         return pick(features, ids)
 
-    def encode(self, images: Tensor, context: Tensor) -> Tensor:
-        """The student's tokens of the context, cells int64 [B, K] -> [B, Kt, D]."""
-        return self.student["backbone"](images, Drop(context)).patches
+    def encode(self, images: Tensor, context: Tensor, drop: Tensor | None = None) -> Tensor:
+        """The student's tokens of the context, cells int64 [B, K] -> [B, Kt, D]; drop: of its residual branches."""
+        return self.student["backbone"](images, Drop(context), drop_path=drop).patches
 
     def predict(self, images: Tensor, batch: Batch) -> Tensor:
         """Features of the target blocks from the context: [B, m, Kt, D]."""
-        patches = self.encode(images, batch["context"])
+        patches = self.encode(images, batch["context"], batch.get("drop"))
         return self.predictor(patches, self.tokens(batch["context"]), self.tokens(batch["target"]))
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
@@ -121,7 +124,7 @@ class IJEPA(Objective):
         everything = torch.arange(features.shape[1], device=images.device).expand(len(images), -1)
         target = self.targets(features, everything)
         ids = self.tokens(batch["target"]).flatten(1)
-        predicted = upcast(self.predict(images, batch)).flatten(1, 2)
+        predicted = upcast(self.predict(images, batch | {"drop": None})).flatten(1, 2)
         index = ids[..., None].expand_as(predicted)
         mixed = target.scatter_reduce(1, index, predicted.to(target), "mean", include_self=False)
         grid, low, high = backbone.grid(self.image_size), images.amin(), images.amax()
