@@ -163,6 +163,14 @@ def test_blocks_belong_to_samples_and_their_shape_to_the_step():
     assert torch.equal(blocks(key, 7)[0], Blocks((14, 14), seed=3)(key, 7)[0])
 
 
+@pytest.mark.parametrize("side", [4, 6, 7, 8, 14, 16, 28])
+def test_the_ratios_that_a_refusal_proposes_are_taken(side):
+    with pytest.raises(BackboneError) as error:
+        Blocks((side, side), context_ratio=0.99)
+    for ratio in str(error.value).rsplit("from ", 1)[1].split(" to "):
+        Blocks((side, side), context_ratio=float(ratio))
+
+
 def test_rectangles():
     inside = rectangles((3, 4), torch.tensor([1]), torch.tensor([2]), 2, 1)
     assert inside.view(3, 4).nonzero().tolist() == [[1, 2], [2, 2]]
@@ -316,8 +324,9 @@ def test_collapse_shows_in_the_logs():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("ijepa", "image_size=24"), "9 maskable cells of 8 px"),
-        (("ijepa", "image_size=36"), "image size 36 is not a multiple of the patch size 8; use 32"),
+        (("ijepa", "image_size=24"), "image_size=24 gives 9 maskable cells of 8 px"),
+        (("ijepa", "image_size=36"), "image_size=36 is not a multiple of the patch size 8; use 32"),
+        (("ijepa", "backbone=shvit_nano_lite", "image_size=64"), "need 16; use image_size=128$"),
         (("ijepa", "backbone=shvit_nano_lite", "image_size=96"), "not a multiple of SHViT's stride of 64"),
         (("ijepa", "objective.context_ratio=0.9"), "is a context of 14 of 16 cells, and 1 to 12 are sure"),
         (("ijepa", "objective.context_ratio=0.01"), "is a context of 0 of 16 cells"),
@@ -335,7 +344,7 @@ def test_refusals_are_one_sentence(words, sentence):
     name, *rest = words
     with pytest.raises((BackboneError, ConfigError)) as error:
         build(name, *rest)
-    assert sentence in str(error.value)
+    assert sentence in f"{error.value}$"
     assert "\n" not in str(error.value)
 
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import backbone_args, build_backbone
 from ..backbones.tokens import Backbone, Drop, Needs, need_cells, pick
 from ..nn.losses import upcast
 from ..nn.predictor import Predictor
@@ -25,6 +24,7 @@ from ..training.teacher import Ema, make_teacher, set_mode
 from ..views.blocks import Blocks
 from ..views.masks import drop_table
 from ..views.spec import Batch, Crop, Views
+from .distill import sized_backbone
 from .objective import Logs, Objective
 
 
@@ -147,11 +147,10 @@ class IJEPA(Objective):
 
 def jepa_backbone(cfg: Any, needs: Needs) -> Backbone:
     """The backbone, with enough cells for blocks; BackboneError names what would do."""
-    size = cfg.image_size
     if cfg.objective.init_depth_rescale:
         needs = needs._replace(init="jepa_rescaled")
-    backbone = build_backbone(needs=needs, image_sizes=(size,), adapt=cfg.adapt, **backbone_args(cfg.backbone))
-    need_cells(backbone, size, f"image size {size}")
+    backbone = sized_backbone(cfg, needs, {"image_size": cfg.image_size})
+    need_cells(backbone, cfg.image_size, f"image_size={cfg.image_size}")
     return backbone
 
 

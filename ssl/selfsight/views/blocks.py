@@ -53,7 +53,8 @@ class Blocks:
         if not 1 <= self.keep <= most:
             raise BackboneError(
                 f"objective.context_ratio={ratio} is a context of {self.keep} of {cells} cells, and 1 to {most} are "
-                f"sure to be found beside the targets; use a ratio from {1 / cells:.2f} to {most / cells:.2f}"
+                f"sure to be found beside the targets; use a ratio from {math.ceil(100 / cells) / 100:g} to "
+                f"{math.floor(100 * most / cells) / 100:g}"
             )
 
     def _refuse_endless_search(self) -> None:
