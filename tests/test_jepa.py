@@ -358,6 +358,12 @@ def test_pictures_show_context_and_targets_apart(name, backbone):
     shown = [(rows[k] == rows["image"]).all(1) for k in ("context", "targets")]
     assert not (shown[0] & shown[1]).any()
     assert shown[0].float().mean() == pytest.approx(batch["context"].shape[1] / 16, abs=0.01)
+    white = (rows["targets"] == rows["image"].amax()).all(1)  # each block of its own, also where they overlap
+    cells = torch.zeros(4, 4, 16).scatter(2, batch["target"], 1.0).view(4, 4, 1, 4, 4)
+    fine = F.interpolate(cells.flatten(0, 1), size=white.shape[1:]).view(4, 4, *white.shape[1:])
+    first = fine[:, 0].flatten(1).argmax(1)  # the upper left corner of the first block
+    assert white.flatten(1).gather(1, first[:, None]).all()
+    assert not white[(fine.amax(1) == 0)].any()
 
 
 def test_the_student_encodes_the_context_alone():

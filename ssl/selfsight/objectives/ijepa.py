@@ -118,7 +118,7 @@ class IJEPA(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Context and target blocks; principal components of the targets, and of what is predicted of them."""
+        """Context and outlined target blocks; principal components of the targets, and of what is predicted of them."""
         images, backbone = batch["images"]["image"][0], self.student["backbone"]
         features = self.seen_by_teacher(images)
         everything = torch.arange(features.shape[1], device=images.device).expand(len(images), -1)
@@ -136,10 +136,17 @@ class IJEPA(Objective):
             return F.interpolate(on.unflatten(1, grid)[:, None], size=images.shape[-2:])
 
         context, asked = lit(self.tokens(batch["context"])), lit(ids)
+        edge = torch.stack([outline(lit(self.tokens(block))) for block in batch["target"].unbind(1)]).amax(0)
         return {
-            "image": images, "context": torch.lerp(low, images, context), "targets": torch.lerp(low, images, asked),
+            "image": images, "context": torch.lerp(low, images, context),
+            "targets": torch.lerp(torch.lerp(low, images, asked), high, edge),
             "teacher": theirs, "predicted": torch.lerp(low, mine, asked),
         }  # fmt: skip
+
+
+def outline(shape: Tensor) -> Tensor:
+    """The outermost pixels of ones among zeros, [B, 1, H, W]: blocks that overlap stay apart."""
+    return shape + F.max_pool2d(-F.pad(shape, (1, 1, 1, 1)), 3, 1)
 
 
 # --- building ------------------------------------------------------------------------------------------------------
