@@ -163,6 +163,22 @@ def test_blocks_belong_to_samples_and_their_shape_to_the_step():
     assert torch.equal(blocks(key, 7)[0], Blocks((14, 14), seed=3)(key, 7)[0])
 
 
+def test_random_cells_may_be_mixed_in():
+    key = torch.from_numpy(key_of(0, np.arange(300)))
+    blocks, plain = Blocks((7, 7), random_share=0.25), Blocks((7, 7))
+    drawn = [blocks(key, step) for step in range(60)]
+    mixed = [d for d in drawn if d[1].shape[1] == 1]
+    assert 5 < len(mixed) < 25
+    for step, (context, target) in enumerate(drawn):
+        assert context.shape == (300, blocks.keep)
+        assert not (context[:, :, None] == target.flatten(1)[:, None]).any()
+        if target.shape[1] > 1:
+            assert torch.equal(target, plain(key, step)[1])
+    context, target = mixed[0]
+    assert target.shape == (300, 1, 29)  # 60 % of the cells
+    assert torch.bincount(context.flatten(), minlength=49).float().std() < 15  # no place is preferred
+
+
 @pytest.mark.parametrize("side", [4, 6, 7, 8, 14, 16, 28])
 def test_the_ratios_that_a_refusal_proposes_are_taken(side):
     with pytest.raises(BackboneError) as error:
@@ -333,6 +349,7 @@ def test_collapse_shows_in_the_logs():
         (("ijepa", "objective.target_scale=[0.9,1.0]"), "may leave no context on a grid of 4 x 4"),
         (("ijepa", "objective.masking=official"), "draws blocks of 1 cells on a grid of 4 x 4"),
         (("ijepa", "objective.masking=official", "image_size=64"), "use objective.min_keep=8"),
+        (("ijepa", "objective.masking=official", "objective.random_share=0.25"), "goes with objective.masking="),
         (("ijepa", "objective.predictor_dim=70"), "objective.predictor_dim=70 must be divisible by 4"),
         (("ijepa", "backbone=timm", "backbone.name=resnet18", "image_size=64"), "cannot hide cells"),
         (("ijepa", "views.local.n=2"), "objective=ijepa has objective.crop_scale instead"),

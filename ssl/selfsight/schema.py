@@ -299,6 +299,7 @@ class IJEPA:
     target_aspect: list[float] = numbers([0.75, 1.5], 2, 0.1, 10, rising=True)
     context_scale: list[float] = numbers([0.85, 1.0], 2, 0.1, 1, rising=True)
     context_ratio: float = number(0.3, 0.01, 1)
+    random_share: float = number(0.0, 0, 1)
     min_keep: int = integer(10, 0)
     predictor_dim: int | None = integer(None)
     predictor_depth: int | None = integer(None)

@@ -167,7 +167,7 @@ def parts(cfg: Any, backbone: Backbone, total_steps: int) -> tuple[Predictor, Bl
     blocks = Blocks(
         backbone.cells(cfg.image_size), rule=o.masking, seed=cfg.seed, targets=o.targets, min_keep=o.min_keep,
         context_ratio=o.context_ratio, target_scale=o.target_scale, target_aspect=o.target_aspect,
-        context_scale=o.context_scale,
+        context_scale=o.context_scale, random_share=o.random_share,
     )  # fmt: skip
     predictor = Predictor.on(
         backbone, cfg.image_size, width=o.predictor_dim, depth=o.predictor_depth, heads=o.predictor_heads
