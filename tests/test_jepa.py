@@ -297,6 +297,23 @@ def test_dmt_jepa_may_begin_with_plain_targets():
     assert not torch.equal(objective.targets(features, ids, 5), plain.targets(features, ids, 5))
 
 
+@pytest.mark.parametrize("backbone", ["vit_nano", "convnext_nano_lite"])
+def test_the_head_may_be_narrower_than_the_tokens(backbone):
+    objective = build("dmt_jepa", "objective.head_dim=48", backbone=backbone)
+    batch = objective.draw(batch_of(objective), 0)
+    assert objective.predict(batch["images"]["image"][0], batch).shape[-1] == 48
+    objective.loss(batch, 0)[0].backward()
+    assert all(p.grad is not None for n, p in objective.named_parameters() if p.requires_grad)
+    student, teacher = (net["project"].weight for net in (objective.student, objective.teacher))
+    assert student.shape[0] == 48 and teacher.grad is None
+    with torch.no_grad():
+        student += 1
+    before = teacher.clone()
+    objective.after_step(0)
+    assert (teacher > before).all()
+    assert "project" not in build("dmt_jepa").student
+
+
 def test_what_a_target_starts_from():
     """The reference's rows see the mean of image `row modulo batch`; the default that of their own image."""
     objective = apart(build("dmt_jepa"))

@@ -324,6 +324,7 @@ class DMTJEPA(IJEPA):
     target_attn: str = one_of("cross-attn", "cross-attn", "self-attn")
     target_final_ln: bool = False
     target_warmup: Any = span(0)
+    head_dim: int | None = integer(None)
     head_blocks: int = integer(2)
     head_mlp_ratio: float = number(4.0, 0.25)
 

@@ -56,7 +56,11 @@ class IJEPA(Objective):
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> IJEPA:
         backbone = jepa_backbone(cfg, cls.needs)
-        return cls(nn.ModuleDict({"backbone": backbone}), *parts(cfg, backbone, total_steps), **settings(cfg))
+        return cls(
+            nn.ModuleDict({"backbone": backbone}),
+            *parts(cfg, backbone, total_steps, backbone.embed_dim),
+            **settings(cfg),
+        )
 
     def train(self, mode: bool = True) -> IJEPA:
         super().train(mode)
@@ -161,8 +165,8 @@ def jepa_backbone(cfg: Any, needs: Needs) -> Backbone:
     return backbone
 
 
-def parts(cfg: Any, backbone: Backbone, total_steps: int) -> tuple[Predictor, Blocks, Schedule]:
-    """The predictor, the blocks and the teacher's momentum that the config describes."""
+def parts(cfg: Any, backbone: Backbone, total_steps: int, dim: int) -> tuple[Predictor, Blocks, Schedule]:
+    """The predictor of features of this width, the blocks and the teacher's momentum that the config describes."""
     o = cfg.objective
     blocks = Blocks(
         backbone.cells(cfg.image_size), rule=o.masking, seed=cfg.seed, targets=o.targets, min_keep=o.min_keep,
@@ -170,7 +174,7 @@ def parts(cfg: Any, backbone: Backbone, total_steps: int) -> tuple[Predictor, Bl
         context_scale=o.context_scale, random_share=o.random_share,
     )  # fmt: skip
     predictor = Predictor.on(
-        backbone, cfg.image_size, width=o.predictor_dim, depth=o.predictor_depth, heads=o.predictor_heads
+        backbone, cfg.image_size, dim=dim, width=o.predictor_dim, depth=o.predictor_depth, heads=o.predictor_heads
     )
     return predictor, blocks, linear_then_constant(o.momentum, o.momentum_end, total_steps * cfg.optim.ipe_scale)
 
