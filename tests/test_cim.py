@@ -168,6 +168,7 @@ def test_forward_compiles_without_breaks_or_recompiles(contrast):
         (("backbone=convnext_nano_lite", "image_size=64", "objective.context_size=40"), "context_size=40 is not a mul"),
         (("backbone=shvit_nano_lite", "image_size=128", "objective.exemplar_size=32"), "objective.exemplar_size=32 is"),
         (("objective.decoder_dim=50",), "objective.decoder_dim=50 must be divisible by 4"),
+        (("objective.sigma_corr=0",), "leave nothing to train"),
         (("views.local.n=2",), "objective=cim has objective.search_scale"),
         (("objective.exemplar_scale=[0.5,0.1]",), "objective.exemplar_scale"),
     ],

@@ -201,6 +201,8 @@ def exemplar_backbone(cfg: Any, needs: Needs) -> Backbone:
             f"objective.exemplar_size={o.exemplar_size} is larger than objective.context_size={o.context_size}, where "
             f"exemplars are looked for; use {o.context_size} or less"
         )
+    if not o.sigma_corr and not o.sigma_cont:
+        raise ConfigError("objective.sigma_corr=0 and objective.sigma_cont=0 leave nothing to train: set one above 0")
     if o.decoder_dim % o.decoder_heads or o.decoder_dim % 4:
         raise ConfigError(
             f"objective.decoder_dim={o.decoder_dim} must be divisible by 4 and by "
