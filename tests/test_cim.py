@@ -162,12 +162,13 @@ def test_forward_compiles_without_breaks_or_recompiles(contrast):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("objective.exemplar_size=32", "objective.context_size=24"), "objective.exemplar_size=32, objective.context_"),
-        (("objective.context_size=64",), "objective.context_size=64 and image_size=32 must not fall"),
+        (("objective.exemplar_size=32", "objective.context_size=24"), "larger than objective.context_size=24"),
+        (("objective.context_size=64",), "objective.context_size=64 is larger than image_size=32"),
         (("objective.exemplar_size=12",), "objective.exemplar_size=12 is not a multiple of the patch size 8"),
         (("backbone=convnext_nano_lite", "image_size=64", "objective.context_size=40"), "context_size=40 is not a mul"),
         (("backbone=shvit_nano_lite", "image_size=128", "objective.exemplar_size=32"), "objective.exemplar_size=32 is"),
         (("objective.decoder_dim=50",), "objective.decoder_dim=50 must be divisible by 4"),
+        (("objective.sigma_corr=0",), "leave nothing to train"),
         (("views.local.n=2",), "objective=cim has objective.search_scale"),
         (("objective.exemplar_scale=[0.5,0.1]",), "objective.exemplar_scale"),
     ],

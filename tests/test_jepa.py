@@ -163,6 +163,30 @@ def test_blocks_belong_to_samples_and_their_shape_to_the_step():
     assert torch.equal(blocks(key, 7)[0], Blocks((14, 14), seed=3)(key, 7)[0])
 
 
+def test_random_cells_may_be_mixed_in():
+    key = torch.from_numpy(key_of(0, np.arange(300)))
+    blocks, plain = Blocks((7, 7), random_share=0.25), Blocks((7, 7))
+    drawn = [blocks(key, step) for step in range(60)]
+    mixed = [d for d in drawn if d[1].shape[1] == 1]
+    assert 5 < len(mixed) < 25
+    for step, (context, target) in enumerate(drawn):
+        assert context.shape == (300, blocks.keep)
+        assert not (context[:, :, None] == target.flatten(1)[:, None]).any()
+        if target.shape[1] > 1:
+            assert torch.equal(target, plain(key, step)[1])
+    context, target = mixed[0]
+    assert target.shape == (300, 1, 29)  # 60 % of the cells
+    assert torch.bincount(context.flatten(), minlength=49).float().std() < 15  # no place is preferred
+
+
+@pytest.mark.parametrize("side", [4, 6, 7, 8, 14, 16, 28])
+def test_the_ratios_that_a_refusal_proposes_are_taken(side):
+    with pytest.raises(BackboneError) as error:
+        Blocks((side, side), context_ratio=0.99)
+    for ratio in str(error.value).rsplit("from ", 1)[1].split(" to "):
+        Blocks((side, side), context_ratio=float(ratio))
+
+
 def test_rectangles():
     inside = rectangles((3, 4), torch.tensor([1]), torch.tensor([2]), 2, 1)
     assert inside.view(3, 4).nonzero().tolist() == [[1, 2], [2, 2]]
@@ -186,6 +210,16 @@ def test_loss_is_a_pure_function_of_the_batch(name):
     again = objective.draw(batch_of(objective), 3)
     assert objective.loss(batch, 3)[0].item() == objective.loss(batch, 3)[0].item()
     assert objective.loss(again, 3)[0].item() == objective.loss(batch, 3)[0].item()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_stochastic_depth_reaches_the_student_and_not_the_pictures(name):
+    objective, plain = build(name, "backbone.drop_path=0.5"), build(name)
+    plain.load_state_dict(objective.state_dict())
+    batch = objective.draw(batch_of(objective), 0)
+    assert batch["drop"].shape == (8, 4) and plain.draw(batch_of(plain), 0)["drop"] is None
+    assert objective.loss(batch, 0)[0] != plain.loss(batch | {"drop": None}, 0)[0]
+    assert all(torch.equal(a, b) for a, b in zip(objective.pictures(batch).values(), plain.pictures(batch).values()))
 
 
 @pytest.mark.parametrize("name", ["ijepa", pytest.param("dmt_jepa", marks=pytest.mark.slow)])
@@ -263,6 +297,23 @@ def test_dmt_jepa_may_begin_with_plain_targets():
     assert not torch.equal(objective.targets(features, ids, 5), plain.targets(features, ids, 5))
 
 
+@pytest.mark.parametrize("backbone", ["vit_nano", "convnext_nano_lite"])
+def test_the_head_may_be_narrower_than_the_tokens(backbone):
+    objective = build("dmt_jepa", "objective.head_dim=48", backbone=backbone)
+    batch = objective.draw(batch_of(objective), 0)
+    assert objective.predict(batch["images"]["image"][0], batch).shape[-1] == 48
+    objective.loss(batch, 0)[0].backward()
+    assert all(p.grad is not None for n, p in objective.named_parameters() if p.requires_grad)
+    student, teacher = (net["project"].weight for net in (objective.student, objective.teacher))
+    assert student.shape[0] == 48 and teacher.grad is None
+    with torch.no_grad():
+        student += 1
+    before = teacher.clone()
+    objective.after_step(0)
+    assert (teacher > before).all()
+    assert "project" not in build("dmt_jepa").student
+
+
 def test_what_a_target_starts_from():
     """The reference's rows see the mean of image `row modulo batch`; the default that of their own image."""
     objective = apart(build("dmt_jepa"))
@@ -306,14 +357,16 @@ def test_collapse_shows_in_the_logs():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("ijepa", "image_size=24"), "9 maskable cells of 8 px"),
-        (("ijepa", "image_size=36"), "image size 36 is not a multiple of the patch size 8; use 32"),
+        (("ijepa", "image_size=24"), "image_size=24 gives 9 maskable cells of 8 px"),
+        (("ijepa", "image_size=36"), "image_size=36 is not a multiple of the patch size 8; use 32"),
+        (("ijepa", "backbone=shvit_nano_lite", "image_size=64"), "need 16; use image_size=128$"),
         (("ijepa", "backbone=shvit_nano_lite", "image_size=96"), "not a multiple of SHViT's stride of 64"),
         (("ijepa", "objective.context_ratio=0.9"), "is a context of 14 of 16 cells, and 1 to 12 are sure"),
         (("ijepa", "objective.context_ratio=0.01"), "is a context of 0 of 16 cells"),
         (("ijepa", "objective.target_scale=[0.9,1.0]"), "may leave no context on a grid of 4 x 4"),
         (("ijepa", "objective.masking=official"), "draws blocks of 1 cells on a grid of 4 x 4"),
         (("ijepa", "objective.masking=official", "image_size=64"), "use objective.min_keep=8"),
+        (("ijepa", "objective.masking=official", "objective.random_share=0.25"), "goes with objective.masking="),
         (("ijepa", "objective.predictor_dim=70"), "objective.predictor_dim=70 must be divisible by 4"),
         (("ijepa", "backbone=timm", "backbone.name=resnet18", "image_size=64"), "cannot hide cells"),
         (("ijepa", "views.local.n=2"), "objective=ijepa has objective.crop_scale instead"),
@@ -325,7 +378,7 @@ def test_refusals_are_one_sentence(words, sentence):
     name, *rest = words
     with pytest.raises((BackboneError, ConfigError)) as error:
         build(name, *rest)
-    assert sentence in str(error.value)
+    assert sentence in f"{error.value}$"
     assert "\n" not in str(error.value)
 
 
@@ -339,6 +392,12 @@ def test_pictures_show_context_and_targets_apart(name, backbone):
     shown = [(rows[k] == rows["image"]).all(1) for k in ("context", "targets")]
     assert not (shown[0] & shown[1]).any()
     assert shown[0].float().mean() == pytest.approx(batch["context"].shape[1] / 16, abs=0.01)
+    white = (rows["targets"] == rows["image"].amax()).all(1)  # each block of its own, also where they overlap
+    cells = torch.zeros(4, 4, 16).scatter(2, batch["target"], 1.0).view(4, 4, 1, 4, 4)
+    fine = F.interpolate(cells.flatten(0, 1), size=white.shape[1:]).view(4, 4, *white.shape[1:])
+    first = fine[:, 0].flatten(1).argmax(1)  # the upper left corner of the first block
+    assert white.flatten(1).gather(1, first[:, None]).all()
+    assert not white[(fine.amax(1) == 0)].any()
 
 
 def test_the_student_encodes_the_context_alone():

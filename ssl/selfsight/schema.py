@@ -299,6 +299,7 @@ class IJEPA:
     target_aspect: list[float] = numbers([0.75, 1.5], 2, 0.1, 10, rising=True)
     context_scale: list[float] = numbers([0.85, 1.0], 2, 0.1, 1, rising=True)
     context_ratio: float = number(0.3, 0.01, 1)
+    random_share: float = number(0.0, 0, 1)
     min_keep: int = integer(10, 0)
     predictor_dim: int | None = integer(None)
     predictor_depth: int | None = integer(None)
@@ -323,6 +324,7 @@ class DMTJEPA(IJEPA):
     target_attn: str = one_of("cross-attn", "cross-attn", "self-attn")
     target_final_ln: bool = False
     target_warmup: Any = span(0)
+    head_dim: int | None = integer(None)
     head_blocks: int = integer(2)
     head_mlp_ratio: float = number(4.0, 0.25)
 

@@ -152,9 +152,10 @@ def need_cells(backbone: Backbone, size: int, what: str) -> None:
     cells = math.prod(backbone.cells(size))
     if cells < MIN_CELLS:
         side = math.isqrt(MIN_CELLS - 1) + 1
+        smaller = "" if backbone.family == "shvit" else " or a smaller backbone.patch_size"
         raise BackboneError(
             f"{what} gives {cells} maskable cells of {backbone.cell} px, and masked objectives need {MIN_CELLS}; "
-            f"use image_size={side * backbone.cell} or a smaller backbone.patch_size"
+            f"use image_size={side * backbone.cell}{smaller}"
         )
 
 

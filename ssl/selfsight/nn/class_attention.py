@@ -87,10 +87,11 @@ class ClassAttention(nn.Module):
         self.layer_fn = run_layer
 
     @classmethod
-    def on(cls, backbone: Backbone, **kwargs) -> ClassAttention:
-        """One that fits a backbone's patch tokens."""
-        dim = backbone.embed_dim
-        heads = backbone.num_heads or max(h for h in range(1, max(1, dim // 32) + 1) if dim % h == 0)
+    def on(cls, backbone: Backbone, dim: int | None = None, **kwargs) -> ClassAttention:
+        """One that fits a backbone's patch tokens, or what is made of them, `dim` wide."""
+        dim, heads = dim or backbone.embed_dim, backbone.num_heads
+        if not heads or dim % heads:
+            heads = max(h for h in range(1, max(1, dim // 32) + 1) if dim % h == 0)
         return cls(dim, heads, **kwargs)
 
     def project(self, tokens: Tensor) -> Projected:

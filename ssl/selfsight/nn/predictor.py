@@ -38,11 +38,13 @@ class Predictor(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     @classmethod
-    def on(cls, backbone: Backbone, size: int, *, width: int | None, depth: int | None, heads: int | None) -> Predictor:
-        """One that fits a backbone's tokens of images of this size. None: 384 wide or the backbone's width where that
-        is less, half as deep and at most 12 (6 for ViT-B, 12 for L and H), the backbone's heads or heads of about 32.
+    def on(
+        cls, backbone: Backbone, size: int, *, dim: int, width: int | None, depth: int | None, heads: int | None
+    ) -> Predictor:
+        """One that fits a backbone's tokens, `dim` wide, of images of this size. None: 384 wide or `dim` where that is
+        less, half as deep and at most 12 (6 for ViT-B, 12 for L and H), the backbone's heads or heads of about 32.
         """
-        width = width or min(384, backbone.embed_dim)
+        width = width or min(384, dim)
         if heads is None:
             own = backbone.num_heads
             fitting = [h for h in range(1, max(1, width // 32) + 1) if width % h == 0]
@@ -52,7 +54,7 @@ class Predictor(nn.Module):
                 f"objective.predictor_dim={width} must be divisible by 4 and by objective.predictor_heads={heads}"
             )
         depth = depth or max(1, min(12, backbone.depth // 2))
-        return cls(backbone.embed_dim, backbone.grid(size), width=width, depth=depth, heads=heads)
+        return cls(dim, backbone.grid(size), width=width, depth=depth, heads=heads)
 
     def forward(self, context: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
         """context [B, K, D] at ids int64 [B, K]; targets int64 [B, m, Kt] -> features there, [B, m, Kt, D]."""

@@ -191,11 +191,18 @@ def crops(cfg: Any) -> tuple[Crop, Crop]:
 def exemplar_backbone(cfg: Any, needs: Needs) -> Backbone:
     """The backbone, which must take all three sizes, and which the decoder's grid must fit."""
     o, size = cfg.objective, cfg.image_size
-    if not o.exemplar_size <= o.context_size <= size:
+    if o.context_size > size:
         raise ConfigError(
-            f"objective.exemplar_size={o.exemplar_size}, objective.context_size={o.context_size} and image_size={size} "
-            "must not fall: exemplars are cut out of an image and looked for in a copy of it that is no larger"
+            f"objective.context_size={o.context_size} is larger than image_size={size}, and a context is a smaller "
+            f"copy of the image; use {size} or less"
         )
+    if o.exemplar_size > o.context_size:
+        raise ConfigError(
+            f"objective.exemplar_size={o.exemplar_size} is larger than objective.context_size={o.context_size}, where "
+            f"exemplars are looked for; use {o.context_size} or less"
+        )
+    if not o.sigma_corr and not o.sigma_cont:
+        raise ConfigError("objective.sigma_corr=0 and objective.sigma_cont=0 leave nothing to train: set one above 0")
     if o.decoder_dim % o.decoder_heads or o.decoder_dim % 4:
         raise ConfigError(
             f"objective.decoder_dim={o.decoder_dim} must be divisible by 4 and by "

@@ -29,7 +29,7 @@ OWN = ("neighbours", "window", "border", "query", "include_self", "context_attn"
 
 
 class DMTJEPA(IJEPA):
-    """student / teacher: {"backbone", "aggregate"}; predictor as in I-JEPA.
+    """student / teacher: {"backbone", "aggregate"} and, where the head is narrower, "project"; predictor as in I-JEPA.
 
     query: what a target's residual stream starts from: the mean of its image, of another image of the batch
     ("permuted", as the reference mixes up its rows), or the patch itself. plain_steps: steps with I-JEPA's targets.
@@ -61,16 +61,24 @@ class DMTJEPA(IJEPA):
                 f"objective.neighbours={o.neighbours} is more than the {most} of objective.window={o.window}"
             )
         backbone = ijepa.jepa_backbone(cfg, cls.needs)
-        head = MeanAttention.on(backbone, layers=o.head_blocks, mlp_ratio=o.head_mlp_ratio)
+        dim = o.head_dim or backbone.embed_dim
+        head = MeanAttention.on(backbone, dim, layers=o.head_blocks, mlp_ratio=o.head_mlp_ratio)
+        student = nn.ModuleDict({"backbone": backbone, "aggregate": head})
+        if dim != backbone.embed_dim:
+            student["project"] = nn.Linear(backbone.embed_dim, dim)
         return cls(
-            nn.ModuleDict({"backbone": backbone, "aggregate": head}), *ijepa.parts(cfg, backbone, total_steps),
+            student, *ijepa.parts(cfg, backbone, total_steps, dim),
             plain_steps=duration(o.target_warmup).steps(total_steps, steps_per_epoch), **{k: o[k] for k in OWN},
             **ijepa.settings(cfg),
         )  # fmt: skip
 
-    def encode(self, images: Tensor, context: Tensor) -> Tensor:
+    def encode(self, images: Tensor, context: Tensor, drop: Tensor | None = None) -> Tensor:
         head: MeanAttention = self.student["aggregate"]
-        return head.mix(super().encode(images, context), mean=self.context_attn == "cross-attn")
+        tokens = projected(self.student, super().encode(images, context, drop))
+        return head.mix(tokens, mean=self.context_attn == "cross-attn")
+
+    def seen_by_teacher(self, images: Tensor) -> Tensor:
+        return upcast(projected(self.teacher, super().seen_by_teacher(images)))
 
     def targets(self, features: Tensor, ids: Tensor, step: float = math.inf) -> Tensor:
         """Neighbourhoods of the tokens ids int64 [B, M] in the teacher's features [B, N, D]: [B, M, D].
@@ -103,3 +111,8 @@ class DMTJEPA(IJEPA):
         """Also the variance of the targets within an image, and that of I-JEPA's in their place."""
         within = {"target_variance": target.var(1).mean(), "plain_variance": pick(features, ids).var(1).mean()}
         return super().health(features, target, ids, context) | within
+
+
+def projected(net: nn.ModuleDict, tokens: Tensor) -> Tensor:
+    """Tokens in the head's width."""
+    return net["project"](tokens) if "project" in net else tokens

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import backbone_args, build_backbone
 from ..backbones.tokens import Backbone, Drop, Needs, need_cells, pick
 from ..nn.losses import upcast
 from ..nn.predictor import Predictor
@@ -23,7 +22,9 @@ from ..training.pictures import pca_rgb
 from ..training.schedules import Schedule, linear_then_constant
 from ..training.teacher import Ema, make_teacher, set_mode
 from ..views.blocks import Blocks
+from ..views.masks import drop_table
 from ..views.spec import Batch, Crop, Views
+from .distill import sized_backbone
 from .objective import Logs, Objective
 
 
@@ -55,7 +56,11 @@ class IJEPA(Objective):
     @classmethod
     def build(cls, cfg: Any, *, total_steps: int, steps_per_epoch: float) -> IJEPA:
         backbone = jepa_backbone(cfg, cls.needs)
-        return cls(nn.ModuleDict({"backbone": backbone}), *parts(cfg, backbone, total_steps), **settings(cfg))
+        return cls(
+            nn.ModuleDict({"backbone": backbone}),
+            *parts(cfg, backbone, total_steps, backbone.embed_dim),
+            **settings(cfg),
+        )
 
     def train(self, mode: bool = True) -> IJEPA:
         super().train(mode)
@@ -68,7 +73,9 @@ class IJEPA(Objective):
 
     def draw(self, batch: Batch, step: int) -> Batch:
         context, target = self.blocks(batch["key"], step)
-        return batch | {"context": context, "target": target}
+        backbone: Backbone = self.student["backbone"]
+        drop = drop_table(batch["key"], "image", 1, backbone.depth, backbone.drop_path_rate)
+        return batch | {"context": context, "target": target, "drop": drop}
 
     def tokens(self, cells: Tensor) -> Tensor:
         """Ids of cells [B, *] to ids of the tokens inside them, [B, *]."""
@@ -84,13 +91,13 @@ class IJEPA(Objective):
         """What is to be predicted at tokens ids int64 [B, M]: [B, M, D]; features: of all tokens, [B, N, D]."""
         return pick(features, ids)
 
-    def encode(self, images: Tensor, context: Tensor) -> Tensor:
-        """The student's tokens of the context, cells int64 [B, K] -> [B, Kt, D]."""
-        return self.student["backbone"](images, Drop(context)).patches
+    def encode(self, images: Tensor, context: Tensor, drop: Tensor | None = None) -> Tensor:
+        """The student's tokens of the context, cells int64 [B, K] -> [B, Kt, D]; drop: of its residual branches."""
+        return self.student["backbone"](images, Drop(context), drop_path=drop).patches
 
     def predict(self, images: Tensor, batch: Batch) -> Tensor:
         """Features of the target blocks from the context: [B, m, Kt, D]."""
-        patches = self.encode(images, batch["context"])
+        patches = self.encode(images, batch["context"], batch.get("drop"))
         return self.predictor(patches, self.tokens(batch["context"]), self.tokens(batch["target"]))
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, Logs]:
@@ -115,13 +122,13 @@ class IJEPA(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Context and target blocks; principal components of the targets, and of what is predicted of them."""
+        """Context and outlined target blocks; principal components of the targets, and of what is predicted of them."""
         images, backbone = batch["images"]["image"][0], self.student["backbone"]
         features = self.seen_by_teacher(images)
         everything = torch.arange(features.shape[1], device=images.device).expand(len(images), -1)
         target = self.targets(features, everything)
         ids = self.tokens(batch["target"]).flatten(1)
-        predicted = upcast(self.predict(images, batch)).flatten(1, 2)
+        predicted = upcast(self.predict(images, batch | {"drop": None})).flatten(1, 2)
         index = ids[..., None].expand_as(predicted)
         mixed = target.scatter_reduce(1, index, predicted.to(target), "mean", include_self=False)
         grid, low, high = backbone.grid(self.image_size), images.amin(), images.amax()
@@ -133,10 +140,17 @@ class IJEPA(Objective):
             return F.interpolate(on.unflatten(1, grid)[:, None], size=images.shape[-2:])
 
         context, asked = lit(self.tokens(batch["context"])), lit(ids)
+        edge = torch.stack([outline(lit(self.tokens(block))) for block in batch["target"].unbind(1)]).amax(0)
         return {
-            "image": images, "context": torch.lerp(low, images, context), "targets": torch.lerp(low, images, asked),
+            "image": images, "context": torch.lerp(low, images, context),
+            "targets": torch.lerp(torch.lerp(low, images, asked), high, edge),
             "teacher": theirs, "predicted": torch.lerp(low, mine, asked),
         }  # fmt: skip
+
+
+def outline(shape: Tensor) -> Tensor:
+    """The outermost pixels of ones among zeros, [B, 1, H, W]: blocks that overlap stay apart."""
+    return shape + F.max_pool2d(-F.pad(shape, (1, 1, 1, 1)), 3, 1)
 
 
 # --- building ------------------------------------------------------------------------------------------------------
@@ -144,24 +158,23 @@ class IJEPA(Objective):
 
 def jepa_backbone(cfg: Any, needs: Needs) -> Backbone:
     """The backbone, with enough cells for blocks; BackboneError names what would do."""
-    size = cfg.image_size
     if cfg.objective.init_depth_rescale:
         needs = needs._replace(init="jepa_rescaled")
-    backbone = build_backbone(needs=needs, image_sizes=(size,), adapt=cfg.adapt, **backbone_args(cfg.backbone))
-    need_cells(backbone, size, f"image size {size}")
+    backbone = sized_backbone(cfg, needs, {"image_size": cfg.image_size})
+    need_cells(backbone, cfg.image_size, f"image_size={cfg.image_size}")
     return backbone
 
 
-def parts(cfg: Any, backbone: Backbone, total_steps: int) -> tuple[Predictor, Blocks, Schedule]:
-    """The predictor, the blocks and the teacher's momentum that the config describes."""
+def parts(cfg: Any, backbone: Backbone, total_steps: int, dim: int) -> tuple[Predictor, Blocks, Schedule]:
+    """The predictor of features of this width, the blocks and the teacher's momentum that the config describes."""
     o = cfg.objective
     blocks = Blocks(
         backbone.cells(cfg.image_size), rule=o.masking, seed=cfg.seed, targets=o.targets, min_keep=o.min_keep,
         context_ratio=o.context_ratio, target_scale=o.target_scale, target_aspect=o.target_aspect,
-        context_scale=o.context_scale,
+        context_scale=o.context_scale, random_share=o.random_share,
     )  # fmt: skip
     predictor = Predictor.on(
-        backbone, cfg.image_size, width=o.predictor_dim, depth=o.predictor_depth, heads=o.predictor_heads
+        backbone, cfg.image_size, dim=dim, width=o.predictor_dim, depth=o.predictor_depth, heads=o.predictor_heads
     )
     return predictor, blocks, linear_then_constant(o.momentum, o.momentum_end, total_steps * cfg.optim.ipe_scale)
 

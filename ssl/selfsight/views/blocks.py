@@ -12,10 +12,13 @@ from ..backbones.tokens import BackboneError
 from ..data.rng import step_key, uniform
 from . import masks
 
+RANDOM_TARGET = 0.6  # share of the cells that is predicted where cells are drawn at random, as in CNN-JEPA
+
 
 class Blocks:
     """Which cells are context and which are targets. The shape of the targets is one per step, of at most five.
 
+    random_share: of the steps, in which context and the one target are cells at random (CNN-JEPA mixes these in).
     rule "official": the reference's sampler, whose masks depend on the batch (every process and micro-batch of a step
     draws the same places) and whose contexts change in size; for parity.
     """
@@ -32,12 +35,19 @@ class Blocks:
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
         min_keep: int = 10,
+        random_share: float = 0.0,
     ):
+        self.random_share = random_share
         self.grid, self.rule, self.seed, self.targets, self.min_keep = grid, rule, seed, targets, min_keep
         self.target_scale, self.target_aspect = tuple(target_scale), tuple(target_aspect)
         self.context_scale = tuple(context_scale)
         self.shapes, self.shares = masks.block_shapes(grid, self.target_scale, self.target_aspect)
         self.keep = round(context_ratio * math.prod(grid))
+        if rule == "official" and random_share:
+            raise BackboneError(
+                f"objective.random_share={random_share:g} goes with objective.masking=unbiased: the reference's "
+                "sampler draws blocks in every step; use 0"
+            )
         if rule == "official":
             self._refuse_endless_search()
         else:
@@ -53,7 +63,8 @@ class Blocks:
         if not 1 <= self.keep <= most:
             raise BackboneError(
                 f"objective.context_ratio={ratio} is a context of {self.keep} of {cells} cells, and 1 to {most} are "
-                f"sure to be found beside the targets; use a ratio from {1 / cells:.2f} to {most / cells:.2f}"
+                f"sure to be found beside the targets; use a ratio from {math.ceil(100 / cells) / 100:g} to "
+                f"{math.floor(100 * most / cells) / 100:g}"
             )
 
     def _refuse_endless_search(self) -> None:
@@ -79,6 +90,9 @@ class Blocks:
                 len(key), self.grid, shapes, generator, targets=self.targets, min_keep=self.min_keep
             )
             return drawn[0].to(key.device), drawn[1].to(key.device)
+        if uniform(np.array([common]), "random_cells", 1).item() < self.random_share:
+            context, others = masks.random_split(key, math.prod(self.grid), self.keep, "random_cells")
+            return context, others[:, None, : round(RANDOM_TARGET * math.prod(self.grid))]
         number = uniform(np.array([common]), "block_shape", 1).item()  # on the host: it decides the shape of tensors
         shape = self.shapes[min(int(np.searchsorted(self.shares.cumsum(), number)), len(self.shapes) - 1)]
         return masks.multiblock(key, self.grid, shape, self.keep, targets=self.targets, scale=self.context_scale)
