@@ -133,6 +133,17 @@ def test_contexts_have_one_size_and_never_meet_targets(side):
         assert not (context[:, :, None] == targets.flatten(1)[:, None]).any()
 
 
+@pytest.mark.parametrize("side", [14, 16, 28])
+def test_few_shapes_stand_for_all(side):
+    """Also on fine grids, where the five likeliest of many are alike: mean area and the spread of proportions."""
+    shapes, shares = block_shapes((side, side), (0.15, 0.2), (0.75, 1.5))
+    area = sum(share * h * w for (h, w), share in zip(shapes, shares)) / side**2
+    assert area == pytest.approx(0.175, abs=0.004)
+    ratios = [h / w for h, w in shapes]
+    assert min(ratios) < 0.9 and max(ratios) > 1.35
+    assert (np.diff(shares) <= 0).all()
+
+
 def test_the_largest_context_that_is_promised_is_always_found():
     """There most drawings fail, and the last one, with all targets in one place, has to do."""
     grid, key = (14, 14), torch.from_numpy(key_of(0, np.arange(200)))

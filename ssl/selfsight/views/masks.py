@@ -120,10 +120,11 @@ LAYOUTS = 8  # drawn for each image at once; at the default sizes all but one in
 def block_shapes(
     grid: tuple[int, int], scale: Span, aspect: Span, most: int = 5
 ) -> tuple[list[tuple[int, int]], np.ndarray]:
-    """The `most` likeliest (height, width) of a block, the likeliest first, and their shares, which add up to 1.
+    """At most `most` (height, width) of a block that stand for all, the likeliest first, and shares that add up to 1.
 
     Area uniform in `scale` of the grid, height / width log-uniform in `aspect`, independent of each other, rounded to
-    whole cells. Few shapes, because each is a shape of tensors in training.
+    whole cells. Few shapes, because each is a shape of tensors in training: one after another the shape that leaves
+    all others nearest to a chosen one (in the logarithms of the sides), with the share of those that it stands for.
     """
     points = (np.arange(64) + 0.5) / 64
     area = grid[0] * grid[1] * (scale[0] + points[:, None] * (scale[1] - scale[0]))
@@ -131,9 +132,18 @@ def block_shapes(
     height = np.clip(np.rint(np.sqrt(area * ratio)), 1, grid[0]).astype(int)
     width = np.clip(np.rint(np.sqrt(area / ratio)), 1, grid[1]).astype(int)
     counts = Counter(zip(height.ravel().tolist(), width.ravel().tolist(), strict=True))
-    likely = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
-    shares = np.array([count for _, count in likely], dtype=np.float64)
-    return [shape for shape, _ in likely], shares / shares.sum()
+    found = sorted(counts)
+    weight, sides = np.array([counts[shape] for shape in found], dtype=np.float64), np.log(found)
+    apart = ((sides[:, None] - sides) ** 2).sum(-1)
+    chosen, nearest = [], np.full(len(found), np.inf)
+    while len(chosen) < min(most, len(found)):
+        left = (weight[:, None] * np.minimum(nearest[:, None], apart)).sum(0)
+        left[chosen] = np.inf
+        chosen.append(int(left.argmin()))
+        nearest = np.minimum(nearest, apart[:, chosen[-1]])
+    shares = np.bincount(apart[:, chosen].argmin(1), weight, len(chosen)) / weight.sum()
+    order = np.argsort(-shares, kind="stable")
+    return [found[chosen[i]] for i in order], shares[order]
 
 
 def least_context(grid: tuple[int, int], shapes: list[tuple[int, int]], scale: Span) -> int:
