@@ -103,9 +103,12 @@ result       out=         folder for the JSON
 Write a folder that timm.create_model('local-dir:<out>', pretrained=True) opens.
 
   {call} checkpoint=runs/my-run out=my-model
+  {call} checkpoint=runs/my-run out=my-model.onnx format=onnx
 
-checkpoint=  run folder      step= last | best | <number>      which= student | teacher
-out=         new folder      overwrite=true replaces an old one
+checkpoint=  run folder (format=onnx: also an export folder or a timm model)
+             step= last | best | <number>      which= student | teacher
+out=         new folder or .onnx file      overwrite=true replaces an old one
+format=      timm | onnx (pooled feature and patch tokens; needs the extra [onnx])
 """,
     "prepare": """\
 Turn images into well-formed shards; broken files are listed in <out>/report.json.

@@ -556,6 +556,7 @@ class Export:
     step: Any = kept_step()
     which: str | None = one_of(None, "student", "teacher")
     out: str | None = None
+    format: str = one_of("timm", "timm", "onnx")
     overwrite: bool = False
 
 
