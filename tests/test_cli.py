@@ -127,8 +127,10 @@ def test_help_is_short_and_names_only_keys_that_exist(command, capsys):
     needed = {"index": "data.train=x", "prepare": "kind=scenes out=x", "doctor": "data=folder data.root=x"}
     needed |= {"probe": "checkpoint=x data=folder data.root=x", "export": "checkpoint=x out=x"}
     needed |= {"proposals": "data=folder data.root=x"}
-    cfg = config.load(command, needed.get(command, "").split())
-    known = {*config._keys(cfg), *config.groups(command), "probe.lrs", "probe.epochs"}
+    needed |= {"show analysis": "checkpoint=x data=folder data.root=x"}
+    name = command.rpartition(" ")[2]
+    cfg = config.load(name, needed.get(command, "").split())
+    known = {*config._keys(cfg), *config.groups(name), "probe.lrs", "probe.epochs"}
     out = re.sub(r"timm\.create_model\(.*\)|python \w+\.py", "", out)
     named = set(re.findall(r"(?<![\w.\])/:])([a-z_]+(?:\.[a-z_]+)*)=", out))
     assert named <= known, named - known

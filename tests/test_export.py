@@ -84,17 +84,73 @@ def write(backbone, out, **kwargs):
     return export_backbone(backbone, out, **{"image_size": 32, "card": CARD} | NORM | kwargs)
 
 
-def test_a_vit_opens_at_another_image_size(vit, tmp_path):
-    model = open_folder(write(vit, tmp_path / "vit"), img_size=48)
-    assert model.pos_embed.shape[1] == 37 and model(torch.randn(1, 3, 48, 48)).shape == (1, 128)
+# name of the case -> (backbone, what the objective needs, arguments, size of training, another size)
+CASES = {
+    "class token": ("vit_nano", Needs(), {}, 32, 48),
+    "registers": ("vit_nano", Needs(), {"registers": 2}, 32, 48),
+    "patches of 4": ("vit_nano", Needs(), {"patch_size": 4}, 32, 20),
+    "mean of patches": ("vit_nano", Needs(class_token=False), {}, 32, 48),
+    "mean beside a class token": ("vit_nano", Needs(pooled=False), {}, 32, 24),
+    "convnext": ("convnext_nano_lite", Needs(), {}, 64, 96),
+    "convnext, stem of 1": ("convnext_nano_lite", Needs(), {"patch_size": 1}, 32, 48),
+    "convnextv2": ("convnextv2_nano_lite", Needs(), {}, 64, 48),
+    "shvit": ("shvit_nano_lite", Needs(), {}, 64, 96),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """(backbone in eval mode, folder, size of training, another size)."""
+    name, needs, kwargs, size, other = CASES[request.param]
+    torch.manual_seed(0)
+    backbone = build_backbone(name, needs, image_sizes=(size,), **kwargs)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        backbone.train()(torch.randn(4, 3, size, size))
+    folder = tmp_path_factory.mktemp("case") / "export"
+    return backbone.eval(), export_backbone(backbone, folder, image_size=size, card=CARD, **NORM), size, other
+
+
+@pytest.mark.parametrize("at", ["training", "another"])
+def test_pooled_feature_and_patch_tokens_are_those_in_memory_at_any_size(case, at):
+    backbone, folder, size, other = case
+    size = size if at == "training" else other
+    fixed = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["fixed_input_size"]
+    model, x = open_folder(folder, **({"img_size": size} if fixed else {})), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        mine, features = backbone(x), model.forward_features(x)
+        torch.testing.assert_close(model(x), mine.pooled, rtol=1e-5, atol=1e-5)
+        if features.ndim == 3:
+            torch.testing.assert_close(features[:, model.num_prefix_tokens :], mine.patches, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(features[:, : model.num_prefix_tokens], mine.prefix, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(features, model.forward_features(x))
+            theirs = backbone(x, layers=(-1,)).maps[0]
+            torch.testing.assert_close(features, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_with_a_head_everything_but_the_classifier_is_equal(case):
+    backbone, folder, size, _ = case
+    plain, model, x = open_folder(folder), open_folder(folder, num_classes=10), torch.randn(2, 3, size, size)
+    classifier = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["classifier"]
+    own = {k for k in model.state_dict() if k.startswith(f"{classifier}.")}
+    state = model.state_dict()
+    assert own and state[f"{classifier}.weight"].shape == (10, backbone.embed_dim)
+    new = {k for k in state if k not in plain.state_dict()}
+    assert own <= new and all(k.startswith("head.") for k in new)  # SHViT's head norms before it classifies
+    assert all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
+    with torch.no_grad():
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(pooled, backbone(x).pooled, rtol=1e-5, atol=1e-5)
+        assert model(x).shape == (2, 10)
 
 
 def test_a_vit_without_class_token_keeps_its_pooling(tmp_path):
-    backbone = build_backbone("vit_nano", Needs(class_token=False), image_sizes=(32,))
-    model, x = open_folder(write(backbone, tmp_path / "vit")), torch.randn(2, 3, 32, 32)
+    model = open_folder(
+        write(build_backbone("vit_nano", Needs(class_token=False), image_sizes=(32,)), tmp_path / "vit")
+    )
     assert model.cls_token is None and model.global_pool == "avg"
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), backbone.eval()(x).pooled, rtol=1e-5, atol=1e-5)
 
 
 def test_global_batch_norm_does_not_reach_the_folder(tmp_path):

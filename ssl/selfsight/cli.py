@@ -19,6 +19,7 @@ COMMANDS = {
     "index": "selfsight.data.manifest:index",
     "bench": "selfsight.bench:bench",
     "show": "selfsight.show:show",
+    "show analysis": "selfsight.analysis.run:analyse",
     "doctor": "selfsight.doctor:doctor",
 }
 
@@ -33,6 +34,7 @@ usage: selfsight <command> [key=value …]        selfsight <command> --help
   index      index shards ahead of time                       selfsight index data.train='/d/train-{000..099}.tar'
   bench      speed of model, data, and both                   selfsight bench backbone=vit_s
   show       summaries of run folders                         selfsight show runs/*
+  show analysis  attention, rank, CKA … of a backbone         selfsight show analysis checkpoint=runs/my-run
   doctor     what works on this machine                       selfsight doctor
 
   --help  --version  --cfg job (print the whole config and stop)
@@ -101,9 +103,12 @@ result       out=         folder for the JSON
 Write a folder that timm.create_model('local-dir:<out>', pretrained=True) opens.
 
   {call} checkpoint=runs/my-run out=my-model
+  {call} checkpoint=runs/my-run out=my-model.onnx format=onnx
 
-checkpoint=  run folder      step= last | best | <number>      which= student | teacher
-out=         new folder      overwrite=true replaces an old one
+checkpoint=  run folder (format=onnx: also an export folder or a timm model)
+             step= last | best | <number>      which= student | teacher
+out=         new folder or .onnx file      overwrite=true replaces an old one
+format=      timm | onnx (pooled feature and patch tokens; needs the extra [onnx])
 """,
     "prepare": """\
 Turn images into well-formed shards; broken files are listed in <out>/report.json.
@@ -144,6 +149,22 @@ data.index_dir=         where the side-cars go when the data folder is read-only
 Print the summaries of run folders side by side.
 
   {call} runs/*
+  {call} analysis --help                                  what goes on inside one backbone
+""",
+    "show analysis": """\
+Attention, frequencies, rank, high-norm tokens and CKA of a frozen backbone, block by block: a page, and JSON.
+
+  {call} checkpoint=runs/my-run
+  {call} checkpoint=runs/my-mae against=runs/my-dino images=1000 out=mae-or-dino
+  {call} checkpoint=vit_small_patch16_224.dino data=folder data.root=/d/images
+
+what         checkpoint=  run folder, export folder, or the name of a timm model
+             step= last | best | <number>   which checkpoint of a run folder          which= student | teacher
+             against=     a second one to compare with            against_step=   against_which=
+data         data=        {data}   (left out: what the run was trained on; keys as for probe)
+             images=512 (fixed ones)   image_size=  batch_size=64  num_workers=  device=
+result       out=         folder of analysis.html, analysis.json and the pictures (left out: <run folder>/analysis)
+             blocks=[5,-1]   layers to draw
 """,
     "doctor": """\
 Check versions, devices, precision, data speed and disk space; exit code 1 when something would fail.
@@ -171,6 +192,8 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
                 print(OVERVIEW, end="")
                 return 0
             command, args = _command(args[0]), args[1:]
+            if command == "show" and args[:1] == ["analysis"]:  # a run folder of that name is ./analysis
+                command, args = "show analysis", args[1:]
             call = f"selfsight {command}"
         if "--help" in args or "-h" in args:
             print(_help(command, call), end="")
@@ -265,7 +288,7 @@ def _config(command: str, args: list[str]) -> Any:
         return _runs(args)
     if command == "prepare" and args and args[0] in ("folder", "list", "shards", "scenes"):
         args = [f"kind={args[0]}", *args[1:]]
-    return config.load(command, args)
+    return config.load(command.rpartition(" ")[2], args)
 
 
 def _runs(args: list[str]) -> Any:

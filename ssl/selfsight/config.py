@@ -284,7 +284,7 @@ def _one_duration(given: list[str]) -> None:
 
 def _check(command: str, cfg: DictConfig) -> None:
     """What must be there, and keys that must agree."""
-    if command in ("probe", "export") and not cfg.checkpoint:
+    if command in ("probe", "export", "analysis") and not cfg.checkpoint:
         raise ConfigError(f"{command} needs checkpoint=, for example checkpoint=runs/mae-vit_nano-scenes-1a2b3c4d")
     if command in ("export", "prepare") and not cfg.out:
         raise ConfigError(f"{command} needs out=, the folder to write, for example out=my-{command}")

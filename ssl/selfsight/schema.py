@@ -558,6 +558,7 @@ class Export:
     step: Any = kept_step()
     which: str | None = one_of(None, "student", "teacher")
     out: str | None = None
+    format: str = one_of("timm", "timm", "onnx")
     overwrite: bool = False
 
 
@@ -598,6 +599,24 @@ class Proposals:
 
 
 @dataclasses.dataclass
+class Analysis:
+    data: Any = None
+    checkpoint: str | None = None
+    step: Any = kept_step()
+    which: str | None = one_of(None, "student", "teacher")
+    against: str | None = None
+    against_step: Any = kept_step()
+    against_which: str | None = one_of(None, "student", "teacher")
+    images: int = integer(512, 4)
+    image_size: int | None = integer(None, 8)
+    blocks: list[float] | None = numbers(None, None, -1000, 1000)
+    batch_size: int = integer(64, 4)
+    num_workers: int | None = integer(None, 0)
+    device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
+    out: str | None = None
+
+
+@dataclasses.dataclass
 class Index:
     data: Any = None
 
@@ -616,6 +635,7 @@ COMMANDS = {
     "export": Export,
     "prepare": Prepare,
     "proposals": Proposals,
+    "analysis": Analysis,
     "index": Index,
     "doctor": Doctor,
 }

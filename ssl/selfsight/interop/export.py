@@ -267,11 +267,15 @@ def _unmasked(cfg: DictConfig, objective: Any, mean: Sequence[float], std: Seque
 def export(cfg: DictConfig) -> dict[str, Any]:
     """`selfsight export checkpoint=<run folder> out=<folder>`: returns {"out", "which", "step"}.
 
-    The run's own export/ is copied when it is of the step asked for (its batch-norm statistics may have been measured
-    again for it); otherwise the checkpoint is rebuilt and exported.
+    format=onnx: one file instead, see `to_onnx`. The run's own export/ is copied when it is of the step asked for (its
+    batch-norm statistics may have been measured again for it); otherwise the checkpoint is rebuilt and exported.
     """
     if not cfg.checkpoint or not cfg.out:
         raise ExportError("export needs checkpoint=<run folder> and out=<new folder>")
+    if cfg.get("format") == "onnx":
+        from .to_onnx import export_file
+
+        return export_file(cfg)
     source, out, which, step = Path(cfg.checkpoint), Path(cfg.out), cfg.get("which"), cfg.get("step", "last")
     if is_export(source):
         raise ExportError(f"{source} is an export folder already; open it with timm or copy it")

@@ -26,8 +26,12 @@ BATCH, CPU_BATCH = 256, 64  # images per forward pass; on CPUs small batches sta
 
 
 def rankme(features: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of features [n, D]: between 1 and min(n, D)."""
-    values = torch.linalg.svdvals(features[:RANK_ROWS].float())
+    """Effective rank of features [n, D]: between 1 and min(n, D)."""
+    return effective_rank(torch.linalg.svdvals(features[:RANK_ROWS].float()))
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of the normalised singular values [k]."""
     share = values / values.sum().clamp(min=1e-12) + 1e-7
     return float((-(share * share.log()).sum()).exp())
 
