@@ -68,8 +68,11 @@ class Double(Memory):
         return super().tokens(rows).double()
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("name", ["ep", "ep, single precision", "jepa", "dolg", "gap"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [("ep, single precision", o) for o in ("lars", "sgd", "adamw")]
+    + [("jepa", "adamw"), ("dolg", "lars"), ("gap", "sgd")],
+)
 def test_heads_trained_together_end_where_each_ends_alone(name, optimizer):
     """In double precision: the bias in front of a batch norm has a true gradient of zero, and AdamW makes steps of its
     rounding. EP, which has none, in single precision as well."""
@@ -77,7 +80,7 @@ def test_heads_trained_together_end_where_each_ends_alone(name, optimizer):
     single, name = "single" in name, name.split(",")[0]
     rates = {"lars": (5.0, 40.0), "sgd": (0.1, 0.5), "adamw": (0.005, 0.02)}[optimizer]
     settings = [Setting("last", None, lr, wd, seed) for lr in rates for wd in (0.0, 0.1) for seed in (0, 1)]
-    recipe, rows = RECIPE._replace(optimizer=optimizer, epochs=4), torch.arange(96)
+    recipe, rows = RECIPE._replace(optimizer=optimizer, epochs=3), torch.arange(96)
     sources = {"last": Memory(x) if single else Double(x)}
 
     def trained(settings):
@@ -87,7 +90,7 @@ def test_heads_trained_together_end_where_each_ends_alone(name, optimizer):
         return group.stack, fit([group], sources, labels, rows, recipe)
 
     stack, losses = trained(settings)
-    for i in (0, 3, 6):
+    for i in (3, 6):
         alone, one = trained([settings[i]])
         torch.testing.assert_close(losses[:, i], one[:, 0], rtol=0, atol=1e-5)
         for key, value in alone.head(0).state_dict().items():
@@ -137,7 +140,7 @@ def test_a_head_that_diverges_harms_no_other():
 
 
 def test_the_grid_is_chosen_on_held_out_rows_and_reported_over_seeds():
-    result = run(lrs=(1e-6, 20.0), seeds=(0, 1, 2), recipe=RECIPE._replace(epochs=20))
+    result = run(lrs=(1e-6, 20.0), seeds=(0, 1, 2), recipe=RECIPE._replace(epochs=12))
     best = result.best
     assert best.lr == 20.0 and len(result.grid) == 6 and len(best.top1_per_seed) == len(best.heads) == 3
     assert best.top1 > 60
@@ -158,7 +161,7 @@ def test_every_layer_has_its_own_choice_and_queries_are_part_of_it():
     t, test_labels = data(120, seed=1)
     layers = [{"first": Memory(0.1 * torch.randn_like(v)), "last": Memory(v)} for v in (x, t)]
     result = run((layers[0], labels), (layers[1], test_labels), num_queries=(2, 4), lrs=(20.0,),
-                 recipe=RECIPE._replace(epochs=20))  # fmt: skip
+                 recipe=RECIPE._replace(epochs=8))  # fmt: skip
     assert list(result.layers) == ["first", "last"] and result.best.layer == "last"
     assert len(result.grid) == 2 * 2 * 2
     assert result.layers["first"].top1 < result.layers["last"].top1

@@ -125,7 +125,7 @@ class Stack(nn.Module):
 
     def stacked(self) -> dict[str, nn.Parameter]:
         """Trained parameters by a head's names, [P, ...] each."""
-        found = {n: getattr(self, _key(n)) for n in self.names}
+        found = {n: self._get(n) for n in self.names}
         return {n: p for n, p in found.items() if p.requires_grad}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,11 +163,13 @@ class Stack(nn.Module):
 
     def _prepare(self, pooling: TokenPooling, x: Tensor):
         """Tokens normalised once: statistics (AIM's) are those of the tokens, so all heads have the first one's."""
-        buffers = {n: getattr(self, _key(f"pooling.{n}"))[0].clone() for n, _ in pooling.named_buffers()}
+        buffers = {n: self._get(f"pooling.{n}")[0].clone() for n, _ in pooling.named_buffers()}
+        if not buffers:
+            return pooling.prepare(x)
         prepared = functional_call(_Step(pooling, "prepare"), {f"inner.{n}": b for n, b in buffers.items()}, (x,))
         if self.training:
             for name, value in buffers.items():
-                getattr(self, _key(f"pooling.{name}")).copy_(value.expand(self.size, *value.shape))
+                self._get(f"pooling.{name}").copy_(value.expand(self.size, *value.shape))
         return prepared
 
     def _norm(self, y: Tensor) -> Tensor:

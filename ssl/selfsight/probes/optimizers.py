@@ -32,17 +32,24 @@ class SGD:
         self.decayed = bool((weight_decay != 0).any())
         self.speed = {n: torch.zeros_like(p) for n, p in self.params.items()}
 
-    def scaled(self, weight: Tensor, grad: Tensor) -> Tensor:
-        """Gradient with decay, [P, ...]."""
+    def with_decay(self, weight: Tensor, grad: Tensor) -> Tensor:
+        """g + wd w, [P, ...]."""
         if not self.decayed or weight.ndim <= 2:
             return grad
         return grad + _per_probe(self.weight_decay, weight) * weight
+
+    def trust_ratio(self, weight: Tensor, grad: Tensor) -> Tensor | None:
+        """Factor of each probe's gradient, [P]; None: 1."""
+        return None
 
     @torch.no_grad()
     def step(self, grads: Tensors, lr: Tensor) -> None:
         """grads: by the names of the parameters, [P, ...]; lr: of this step, [P]."""
         for name, weight in self.params.items():
-            speed = self.speed[name].mul_(self.momentum).add_(self.scaled(weight, grads[name]))
+            grad = self.with_decay(weight, grads[name])
+            ratio, speed = self.trust_ratio(weight, grad), self.speed[name].mul_(self.momentum)
+            # Scaled while it is added: a scaled copy would take longer than all the rest.
+            speed.add_(grad) if ratio is None else speed.addcmul_(grad, _per_probe(ratio, grad))
             weight.addcmul_(_per_probe(lr, weight), speed, value=-1)
 
 
@@ -57,13 +64,11 @@ class LARS(SGD):
         super().__init__(params, weight_decay, momentum=momentum)
         self.trust = trust
 
-    def scaled(self, weight: Tensor, grad: Tensor) -> Tensor:
+    def trust_ratio(self, weight: Tensor, grad: Tensor) -> Tensor | None:
         if weight.ndim <= 2:
-            return grad
-        grad = super().scaled(weight, grad)
+            return None
         w, g = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (weight, grad))
-        ratio = torch.where((w > 0) & (g > 0), self.trust * w / g, 1.0)
-        return _per_probe(ratio, grad) * grad
+        return torch.where((w > 0) & (g > 0), self.trust * w / g, 1.0)
 
 
 class AdamW:
