@@ -1,0 +1,305 @@
+"""Training of probe heads on cached tokens: a grid of them in one pass over the data, chosen on held-out training rows.
+
+A grid has every learning rate, weight decay, seed, number of queries and layer. Heads of one shape on the same tokens
+are one `Stack`; each is trained exactly as it would be alone. The seed decides a head's start; the order of the batches
+is the same for all, so that tokens are read once. Hyperparameters are chosen on rows of the training split that no head
+was fitted on, by the mean over seeds; the test split is scored once, with the chosen heads only.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..training.schedules import warmup_cosine
+from . import ProbeError
+from .heads import ProbeHead, Stack, build_head
+from .optimizers import build_optimizer
+
+LR_BATCH = 256  # learning rates are given per so many samples of a batch
+CHUNK = 256  # samples per batch without gradients
+
+
+class TokenSource(Protocol):
+    """Tokens of a split, wherever they are."""
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """float32 [B, N, D] of these rows, int64 [B] on the CPU; class token first where there is one."""
+        ...
+
+
+class Memory:
+    """Tokens [n, N, D] or features [n, D] in a tensor, an array or a memory map, of any float type."""
+
+    def __init__(self, array: Tensor | np.ndarray):
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        part = self.array[rows] if isinstance(self.array, Tensor) else torch.from_numpy(self.array[rows.numpy()])
+        return (part if part.ndim == 3 else part[:, None]).float()
+
+
+class Recipe(NamedTuple):
+    """How heads are trained: linear warm-up, then a cosine to zero, per iteration.
+
+    options: of the optimizer (`optimizers`). batch_norm, zero_bias: `ProbeHead`.
+    """
+
+    optimizer: str = "lars"
+    epochs: float = 90
+    warmup_epochs: float = 10
+    batch_size: int = 4096
+    batch_norm: bool = True
+    zero_bias: bool = False
+    options: Mapping[str, Any] = {}
+
+
+EP_LARS = Recipe()  # of efficient probing's benchmark
+
+
+class Setting(NamedTuple):
+    """One head. lr: per 256 samples of a batch. num_queries: None = the pooling's own."""
+
+    layer: str
+    num_queries: int | None
+    lr: float
+    weight_decay: float
+    seed: int
+
+
+class Chosen(NamedTuple):
+    """The best setting of a layer over its seeds; accuracies in percent, spreads are standard deviations (None: one
+    seed). heads: one per seed."""
+
+    layer: str
+    num_queries: int | None
+    lr: float
+    weight_decay: float
+    select_top1: float
+    select_spread: float | None
+    top1: float
+    spread: float | None
+    top1_per_seed: list[float]
+    top5: float
+    heads: list[ProbeHead]
+
+
+class Attentive(NamedTuple):
+    """layers: what was chosen for each. best: the one with the highest accuracy on held-out rows. grid: a row per head
+    with its accuracy there and what it was."""
+
+    best: Chosen
+    layers: dict[str, Chosen]
+    grid: list[dict[str, Any]]
+
+
+class Group(NamedTuple):
+    """Heads of one shape on the same tokens."""
+
+    layer: str
+    settings: list[Setting]
+    stack: Stack
+
+
+def attentive(
+    train: TokenSource | Mapping[str, TokenSource],
+    train_labels: Tensor,
+    test: TokenSource | Mapping[str, TokenSource],
+    test_labels: Tensor,
+    *,
+    select: np.ndarray,
+    pooling: str = "ep",
+    num_queries: Sequence[int | None] = (None,),
+    lrs: Sequence[float] = (0.1,),
+    weight_decays: Sequence[float] = (0.0,),
+    seeds: Sequence[int] = (0,),
+    recipe: Recipe = EP_LARS,
+    device: torch.device | str = "cpu",
+    order_seed: int = 0,
+    **options: Any,
+) -> Attentive:
+    """Fit every head on train without the `select` rows (bool [n]), choose on them, score test once.
+
+    train, test: tokens, or tokens by the name of a layer. labels int64 >= 0, of all rows. options: of the pooling.
+    The same arguments give the same result on one device. ProbeError names what is wrong with them.
+    """
+    train, test = (s if isinstance(s, Mapping) else {"last": s} for s in (train, test))
+    _check(train, train_labels, test, test_labels, select)
+    classes = int(max(train_labels.max(), test_labels.max())) + 1
+    chosen = torch.from_numpy(np.asarray(select, dtype=bool))
+    fit_rows, select_rows = (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
+    settings = [
+        Setting(layer, queries, lr, decay, seed)
+        for layer in train for queries in num_queries for lr in lrs for decay in weight_decays for seed in seeds
+    ]  # fmt: skip
+    groups = build_groups(settings, train, pooling, classes, recipe, device, **options)
+    fit(groups, train, train_labels, fit_rows, recipe, device=device, order_seed=order_seed)
+    grid = []
+    for group in groups:
+        top1, _ = accuracy(group.stack, train[group.layer], train_labels, select_rows, device)
+        grid += [s._asdict() | {"select_top1": a} for s, a in zip(group.settings, top1)]
+    layers = {layer: _choose(layer, groups, grid, test[layer], test_labels, device) for layer in train}
+    return Attentive(max(layers.values(), key=lambda c: c.select_top1), layers, grid)
+
+
+def build_groups(
+    settings: Sequence[Setting],
+    sources: Mapping[str, TokenSource],
+    pooling: str,
+    classes: int,
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> list[Group]:
+    """Fresh heads of all settings, stacked where they have one shape and the same tokens."""
+    members: dict[tuple[str, int | None], list[Setting]] = {}
+    for setting in settings:
+        members.setdefault((setting.layer, setting.num_queries), []).append(setting)
+    groups = []
+    for (layer, queries), own in members.items():
+        shape = sources[layer].tokens(torch.zeros(1, dtype=torch.int64)).shape
+        common = {"num_tokens": shape[1]} | ({} if queries is None else {"num_queries": queries}) | options
+        heads = [
+            build_head(pooling, shape[2], classes, seed=s.seed, batch_norm=recipe.batch_norm,
+                       zero_bias=recipe.zero_bias, **common)
+            for s in own
+        ]  # fmt: skip
+        groups.append(Group(layer, own, Stack(heads).to(device)))
+    return groups
+
+
+def fit(
+    groups: Sequence[Group],
+    sources: Mapping[str, TokenSource],
+    labels: Tensor,
+    rows: Tensor,
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
+    order_seed: int = 0,
+    shuffle: bool = True,
+) -> Tensor:
+    """Train all heads in place on these rows; the last incomplete batch of an epoch is left out.
+
+    Returns the losses, float32 [steps, heads] in the order of the groups' settings.
+    """
+    batch = min(recipe.batch_size, len(rows))
+    if batch < 2 and recipe.batch_norm:
+        raise ProbeError(
+            f"batches of {batch} have no batch statistics; use at least 2 training samples and batch_size=2"
+        )
+    per_epoch = len(rows) // batch
+    total = round(recipe.epochs * per_epoch)
+    pace = warmup_cosine(1.0, total, round(recipe.warmup_epochs * per_epoch))
+    generator = torch.Generator().manual_seed(order_seed)
+    trainers = [_Trainer(g, recipe, batch, device) for g in groups]
+    losses = torch.empty(total, sum(len(g.settings) for g in groups))
+    for step in range(total):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(rows), generator=generator) if shuffle else torch.arange(len(rows))
+        # Sorted within the batch, so that a memory map is read forwards; a mean knows no order.
+        part = rows[order[(step % per_epoch) * batch :][:batch]].sort().values
+        target, tokens, found = labels[part].to(device), {}, []
+        for trainer in trainers:
+            if trainer.layer not in tokens:
+                tokens = {trainer.layer: sources[trainer.layer].tokens(part).to(device)}  # one layer at a time
+            found.append(trainer.step(tokens[trainer.layer], target, pace(step)))
+        losses[step] = torch.cat(found)
+    return losses
+
+
+class _Trainer:
+    """One group with its optimizer."""
+
+    def __init__(self, group: Group, recipe: Recipe, batch: int, device: torch.device | str):
+        self.layer, self.stack, self.params = group.layer, group.stack.train(), group.stack.stacked()
+        lr, decay = (
+            torch.tensor([getattr(s, key) for s in group.settings], device=device) for key in ("lr", "weight_decay")
+        )
+        self.lr = lr * (batch / LR_BATCH)
+        self.optimizer = build_optimizer(recipe.optimizer, self.params, decay, **recipe.options)
+
+    def step(self, tokens: Tensor, labels: Tensor, pace: float) -> Tensor:
+        """One step of all heads; their losses [P]."""
+        losses = head_losses(self.stack(tokens), labels)
+        # The sum over heads gives each the gradient of its own loss.
+        grads = torch.autograd.grad(losses.sum(), list(self.params.values()), materialize_grads=True)
+        self.optimizer.step(dict(zip(self.params, grads)), self.lr * pace)
+        return losses.detach().cpu()
+
+
+def head_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each head: logits [P, B, C], labels [B] -> [P]."""
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+    return flat.view(len(logits), -1).mean(1)
+
+
+@torch.no_grad()
+def accuracy(
+    stack: Stack, source: TokenSource, labels: Tensor, rows: Tensor, device: torch.device | str = "cpu"
+) -> tuple[list[float], list[float]]:
+    """Top-1 and top-5 accuracy of each head on these rows, in percent. A head that diverged is right nowhere."""
+    stack.eval()
+    hits = torch.zeros(2, stack.size, dtype=torch.int64)
+    for part in rows.split(CHUNK):
+        logits = stack(source.tokens(part).to(device)).cpu()
+        order = logits.topk(min(5, logits.shape[-1]), -1).indices
+        right = (order == labels[part].cpu()[None, :, None]) & logits.isfinite().all(-1, keepdim=True)
+        hits += torch.stack([right[..., 0].sum(1), right.any(-1).sum(1)])
+    return tuple((100 * hits.double() / len(rows)).tolist())
+
+
+def _choose(
+    layer: str, groups: Sequence[Group], grid: Sequence[dict], test: TokenSource, labels: Tensor, device
+) -> Chosen:
+    """The setting of a layer that is best on held-out rows, by the mean over seeds; its heads scored on test."""
+
+    def key(row: dict) -> tuple:
+        return row["num_queries"], row["lr"], row["weight_decay"]
+
+    by_setting: dict[tuple, list[float]] = {}
+    for row in grid:
+        if row["layer"] == layer:
+            by_setting.setdefault(key(row), []).append(row["select_top1"])
+    best = max(by_setting, key=lambda k: statistics.fmean(by_setting[k]))  # the first of equals
+    group = next(g for g in groups if g.layer == layer and g.settings[0].num_queries == best[0])
+    heads = [group.stack.head(i) for i, s in enumerate(group.settings) if key(s._asdict()) == best]
+    top1, top5 = accuracy(Stack(heads).to(device), test, labels, torch.arange(len(test)), device)
+    on_select = by_setting[best]
+    return Chosen(layer, *best, statistics.fmean(on_select), _spread(on_select), statistics.fmean(top1), _spread(top1),
+                  top1, statistics.fmean(top5), heads)  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _check(train, train_labels: Tensor, test, test_labels: Tensor, select: np.ndarray) -> None:
+    for split, sources, labels in (("train", train, train_labels), ("test", test, test_labels)):
+        for layer, source in sources.items():
+            if len(source) != len(labels) or not len(labels):
+                raise ProbeError(
+                    f"probe: {len(source)} {split} samples of layer {layer} and {len(labels)} labels; both must be "
+                    "equal and not 0"
+                )
+        if int(labels.min()) < 0:
+            missing = int((labels < 0).sum())
+            raise ProbeError(f"probe: {missing} of {len(labels)} {split} samples have no label; all need one")
+    if missing := sorted(set(train) - set(test)):
+        raise ProbeError(f"probe: layer {missing[0]} was trained on and is not in the test features")
+    if len(select) != len(train_labels) or not 0 < int(np.sum(select)) < len(train_labels):
+        raise ProbeError(
+            f"probe: {int(np.sum(select))} of {len(train_labels)} training samples are held out to choose the "
+            "settings; hold out some and not all (a tenth is usual)"
+        )
