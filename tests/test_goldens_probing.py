@@ -13,7 +13,7 @@ from selfsight.nn.pooling import build_pooling
 from selfsight.probes.attentive import Memory, Recipe, Setting, build_groups, fit, head_losses
 from selfsight.probes.heads import ProbeHead, Stack, build_head
 from selfsight.probes.optimizers import LARS
-from selfsight.probes.protocols import PROTOCOLS, dinov2_inputs
+from selfsight.probes.published import PROTOCOLS, dinov2_inputs
 from selfsight.training.schedules import warmup_cosine
 
 # The others of the folder: test_knn.py, test_goldens_conv.py, test_layer_decay.py.
