@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
+from selfsight import config
 from selfsight.backbones import build_backbone
 from selfsight.backbones.tokens import Needs
 from selfsight.interop.export import export_backbone
 from selfsight.probes import ProbeError
-from selfsight.probes.linear import _fit, held_out, linear
+from selfsight.probes.linear import Recipe, _fit, held_out, linear
 from selfsight.probes.run import load_backbone, probe
 
 
@@ -30,7 +30,7 @@ def run(*, lrs=(0.01, 0.1), weight_decays=(0.0,), epochs=20, seed=0, tensors=Non
     train, labels, test, test_labels = tensors or data()
     select = held_out(np.arange(len(train)))
     return linear(train, labels, test, test_labels, select=select, lrs=lrs, weight_decays=weight_decays,
-                  epochs=epochs, batch_size=64, seed=seed)  # fmt: skip
+                  epochs=epochs, batch_size=64, seeds=(seed,))  # fmt: skip
 
 
 def test_learns_separable_classes_far_above_chance():
@@ -41,7 +41,7 @@ def test_every_head_trains_as_torch_sgd_would_alone():
     train, labels, _, _ = data(n=96)
     x = (train - train.mean(0)) / train.std(0)
     heads = [(0.05, 0.0), (0.2, 0.01)]
-    weight, bias = _fit(x, labels, 3, heads, epochs=4, batch=32, seed=3)
+    weight, bias = _fit(x, labels, 3, Recipe(tuple(heads), epochs=4, batch_size=32), seed=3)
     for i, (lr, wd) in enumerate(heads):
         g = torch.Generator().manual_seed(3)
         head = torch.nn.Linear(8, 3)
@@ -113,16 +113,11 @@ def exported(tmp_path_factory):
     return export_backbone(backbone, folder, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=16, card=card)
 
 
-def settings(checkpoint, out, root, root_val=None, name="knn", **changes):
-    kinds = {
-        "knn": {"name": "knn", "k": 5, "temperature": 0.07, "center": True, "bank": None},
-        "linear": {"name": "linear", "lrs": [0.1, 1.0], "weight_decays": [0.0], "epochs": 20, "batch_size": 32},
-    }
-    data = {"name": "folder", "root": root, "root_val": root_val, "mode": "exact", "labels": "auto", "index_dir": None}
-    return OmegaConf.create({
-        "checkpoint": str(checkpoint), "step": "last", "which": None, "data": data, "image_size": None, "seed": 0,
-        "probe": kinds[name] | {"bank": None}, "batch_size": 32, "num_workers": 0, "out": str(out), "device": "cpu",
-    } | changes)  # fmt: skip
+def settings(checkpoint, out, root, root_val=None, name="knn"):
+    words = {"knn": ["probe.k=5"], "linear": ["probe.lrs=[0.1,1.0]", "probe.epochs=20", "probe.batch_size=32"]}[name]
+    data = [f"data.root={root}"] + ([f"data.root_val={root_val}"] if root_val else [])
+    here = ["batch_size=32", "num_workers=0", "device=cpu", f"out={out}"]
+    return config.load("probe", [f"checkpoint={checkpoint}", f"probe={name}", "data=folder", *data, *words, *here])
 
 
 @pytest.mark.parametrize("name", ["knn", "linear"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import runs
 from selfsight import config
 from selfsight.interop.export import ExportError, export, read_card
-from selfsight.probes import ProbeError
+from selfsight.probes import ProbeError, task
 from selfsight.probes import run as probes
 from selfsight.probes.run import Loaded, load_backbone, probe
 from selfsight.training import checkpoint, judge
@@ -87,10 +87,10 @@ def test_the_number_of_workers_is_taken_as_given(run, monkeypatch, words, worker
     class Seen(Exception):
         pass
 
-    def extract(*_, workers, **__):
-        raise Seen(workers)
+    def stored(*_, how, **__):
+        raise Seen(how.workers)
 
-    monkeypatch.setattr(probes, "extract", extract)
+    monkeypatch.setattr(task, "stored", stored)
     with pytest.raises(Seen, match=f"^{workers}$"):
         probe(settings(run, *words))
 

@@ -27,7 +27,7 @@ OVERVIEW = """\
 usage: selfsight <command> [key=value …]        selfsight <command> --help
 
   train      pretrain a backbone on images                    selfsight train objective=mae backbone=vit_s
-  probe      k-NN or linear accuracy of a frozen backbone     selfsight probe checkpoint=runs/my-run
+  probe      accuracy or mIoU of a frozen backbone            selfsight probe checkpoint=runs/my-run
   export     a folder that timm opens                         selfsight export checkpoint=runs/my-run out=my-model
   prepare    images to well-formed shards                     selfsight prepare folder source=/d/images out=/d/shards
   proposals  object masks from a backbone's own features      selfsight proposals checkpoint=runs/my-run out=/d/objects
@@ -85,7 +85,7 @@ seconds=5    how long each part is measured; all keys of a training run apply:
 """
     + TRAIN_KEYS,
     "probe": """\
-Accuracy of a frozen backbone; writes <out>/<probe>.json.
+Accuracy (segmentation: mIoU) of a frozen backbone; writes <out>/<probe>.json.
 
   {call} checkpoint=runs/my-run step=best
   {call} checkpoint=runs/my-run probe=linear data=folder data.root=/d/train data.root_val=/d/val
@@ -97,6 +97,7 @@ how          probe=       {probe}      probe.k=   probe.masks=   probe.lrs=[0.1,
 data         data=        {data}   (left out: what the run was trained on)
              data.train= data.val= data.root= data.root_val=
              image_size=  batch_size=  num_workers=  seed=  device=
+features     bank.folder= bank.max_gb= bank.dtype= bank.precision=   stored once, used by every probe
 result       out=         folder for the JSON
 """,
     "export": """\

@@ -108,6 +108,40 @@ def numbers(default: list[float] | None, count: int | None, low: float, high: fl
     )
 
 
+def counts(default: list[int], low: int = 1) -> Any:
+    """Whole numbers of at least `low`; one alone may stand without brackets."""
+
+    def parse(values: Any) -> list[int]:
+        found = [int(v) for v in _listed(values)]
+        return _require(found and min(found) >= low and len(set(found)) == len(found), found)
+
+    return _field(default, f"one or several whole numbers of at least {low} such as {default}", parse)
+
+
+def some(default: list[float], low: float) -> Any:
+    """Numbers of at least `low`; one alone may stand without brackets."""
+
+    def parse(values: Any) -> list[float]:
+        found = [float(v) for v in _listed(values)]
+        return _require(found and all(math.isfinite(v) and v >= low for v in found), found)
+
+    return _field(default, f"one or several numbers of at least {low:g} such as {default}", parse)
+
+
+def words(default: list[str], *choices: str) -> Any:
+    """Words from a list; one alone may stand without brackets."""
+
+    def parse(values: Any) -> list[str]:
+        found = _listed(values)
+        return _require(found and all(v in choices for v in found), found)
+
+    return _field(default, "one or several of " + ", ".join(choices), parse)
+
+
+def _listed(values: Any) -> list[Any]:
+    return [values] if isinstance(values, (str, int, float)) else list(values)
+
+
 def _auto_or_count(v: Any) -> Any:
     return v if v == "auto" else _require(int(v) >= 1, int(v))
 
@@ -457,8 +491,9 @@ class Launcher:
 @dataclasses.dataclass
 class KNNProbe:
     name: str = one_of("knn", "knn")
-    k: int = integer(20)
-    temperature: float = number(0.07, 1e-4)
+    protocol: str | None = one_of(None, "dino_knn")
+    k: Any = counts([20])
+    temperature: Any = some([0.07], 1e-4)
     center: bool = True
     bank: int | None = integer(None)
     masks: str = one_of("none", "none", "largest", "first")
@@ -467,11 +502,74 @@ class KNNProbe:
 @dataclasses.dataclass
 class LinearProbe:
     name: str = one_of("linear", "linear")
+    protocol: str | None = one_of(None, "mae_linear", "dinov2_linear")
+    inputs: Any = words(["pooled"], "pooled", "mean", "class1", "class1+mean", "class4", "class4+mean")
+    batch_norm: bool = True
+    optimizer: str = one_of("sgd", "sgd", "lars")
     lrs: list[float] = numbers([0.1], None, 1e-8, 1e4)
     weight_decays: list[float] = numbers([0.0], None, 0, 10)
     epochs: int = integer(50)
+    steps: int | None = integer(None)
+    warmup_epochs: float = number(0.0)
     batch_size: int = integer(1024)
+    seeds: int = integer(3)
     bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class LowShotProbe:
+    name: str = one_of("lowshot", "lowshot")
+    shots: Any = counts([1, 2, 5, 10])
+    percent: list[float] | None = numbers(None, None, 0.001, 100)
+    classifiers: Any = words(["logistic", "knn"], "logistic", "knn")
+    costs: list[float] = numbers([0.1, 1, 10], None, 1e-8, 1e8)
+    folds: int = integer(5, 2)
+    temperature: float = number(0.07, 1e-4)
+    seeds: int = integer(5)
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class RetrievalProbe:
+    name: str = one_of("retrieval", "retrieval")
+    gallery: str = one_of("train", "train", "test")
+    center: bool = True
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class RotationProbe:
+    name: str = one_of("rotation", "rotation")
+    lrs: list[float] = numbers([0.1], None, 1e-8, 1e4)
+    epochs: int = integer(20)
+    batch_size: int = integer(1024)
+    seeds: int = integer(3)
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class SegmentationProbe:
+    name: str = one_of("segmentation", "segmentation")
+    mode: str = one_of("sliding", "sliding", "whole")
+    layer: int | None = integer(None, None)
+    norm: bool = True
+    batch_norm: bool = True
+    lrs: list[float] = numbers([0.001], None, 1e-8, 1e4)
+    weight_decay: float = number(0.0)
+    epochs: int = integer(20)
+    batch_size: int = integer(16)
+    ignore: int = integer(255, 0, 65535)
+    seeds: int = integer(3)
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class BankConfig:
+    folder: str | None = None
+    max_gb: float = number(50.0, 1e-9)
+    dtype: str = one_of("float32", "float32", "float16")
+    precision: str = one_of("32-true", "32-true", "bf16-mixed", "16-mixed")
+    channels_last: bool = False
 
 
 @dataclasses.dataclass
@@ -550,6 +648,7 @@ class Probe:
     seed: int = integer(0, 0)
     out: str | None = None
     device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
+    bank: BankConfig = dataclasses.field(default_factory=BankConfig)
 
 
 @dataclasses.dataclass
@@ -657,7 +756,14 @@ SCHEMAS: dict[str, Any] = {
     "trainer": Trainer,
     "logger": Logger,
     "launcher": Launcher,
-    "probe": {"knn": KNNProbe, "linear": LinearProbe},
+    "probe": {
+        "knn": KNNProbe,
+        "linear": LinearProbe,
+        "lowshot": LowShotProbe,
+        "retrieval": RetrievalProbe,
+        "rotation": RotationProbe,
+        "segmentation": SegmentationProbe,
+    },
 }
 DURATIONS = ("max_steps", "max_epochs", "max_images")
 # Where it runs, how fast, what it writes: may differ on resume and leaves the name of the run folder alone.

@@ -39,30 +39,36 @@ def object_map(raw: Raw) -> np.ndarray | None:
 
 
 def _decode(data: bytes, where: str) -> np.ndarray:
-    """Indices as stored: no palette is looked up and nothing is scaled, or ids would become colours."""
+    """The map of objects.png: 255 in 8 bits is nothing."""
+    ids = id_map(data, where, "objects.png")
+    eight_bits = data[24] == 8
+    return np.where(ids == IGNORE, np.uint8(0), ids) if eight_bits and ids.max() == IGNORE else ids
+
+
+def id_map(data: bytes, where: str, name: str) -> np.ndarray:
+    """Ids [h, w] (uint8 or uint16) of a PNG as stored: no palette is looked up and nothing is scaled, or ids would
+    become colours. SampleError, calling the file `name`, if it cannot be used."""
     if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR" or len(data) < 33:
-        raise SampleError(where, "objects.png is empty" if not data else "objects.png is no PNG image")
+        raise SampleError(where, f"{name} is empty" if not data else f"{name} is no PNG image")
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     depth, colour = data[24], data[25]
     if colour not in (_GRAY, _PALETTE):
         kind = _COLOURS.get(colour, f"colour type {colour}")
-        raise SampleError(where, f"objects.png has {kind} pixels; write the ids as one channel of 8 or 16 bits")
+        raise SampleError(where, f"{name} has {kind} pixels; write the ids as one channel of 8 or 16 bits")
     if width * height > MAX_PIXELS:
-        raise SampleError(where, f"objects.png says {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
+        raise SampleError(where, f"{name} says {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on size or odd metadata: the checks above decide
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 ids = np.asarray(image)
     except Exception as error:  # Pillow's plug-in raises whatever the bytes lead it to
-        raise SampleError(where, f"objects.png is truncated or damaged ({error})") from error
+        raise SampleError(where, f"{name} is truncated or damaged ({error})") from error
     if depth == 16:
         return ids.astype(np.uint16)
     ids = ids.astype(np.uint8, copy=False)
-    if depth == 8:
-        return np.where(ids == IGNORE, np.uint8(0), ids) if ids.max() == IGNORE else ids
     # Pillow stretches gray of 2 and 4 bits to 0..255, but not one bit (read as booleans) and not palettes.
-    return ids // np.uint8(255 // (2**depth - 1)) if colour == _GRAY and depth > 1 else ids
+    return ids // np.uint8(255 // (2**depth - 1)) if colour == _GRAY and 1 < depth < 8 else ids
 
 
 def _paint(data: bytes, where: str) -> np.ndarray:

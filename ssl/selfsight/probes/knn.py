@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ProbeError
+from .readout import Want
+from .select import held_out
+
+if TYPE_CHECKING:
+    from .task import Outcome, Task
 
 CHUNK = 4096  # queries per matrix product: bounds memory at CHUNK x bank similarities
 
@@ -99,3 +104,31 @@ def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Ten
         raise ProbeError(f"k={k} neighbours of a bank of {len(bank)} samples; choose 1 <= k <= {len(bank)}")
     if min(temps) <= 0:
         raise ProbeError(f"k-NN temperature {min(temps)} must be positive; 0.07 is usual")
+
+
+def run(task: Task) -> Outcome:
+    """Every k and temperature at once. With several, the reported pair is chosen on held-out training images."""
+    from .task import Outcome
+
+    settings = task.settings
+    ks, temps, center = tuple(settings.k), tuple(settings.temperature), settings.center
+    train, test = task.banks(Want("pooled"), masks=settings.get("masks") or "none")
+    bank, labels, queries = train.vectors().to(task.device), train.labels.to(task.device), test.vectors()
+    options = {"ks": ks, "temps": temps, "center": center, "num_classes": task.classes}
+    found = knn(bank, labels, queries.to(task.device), test.labels.to(task.device), **options)
+    best, chosen = (ks[0], temps[0]), ""
+    rows = [{"k": k, "temperature": t, "top1": found[k, t].top1, "top5": found[k, t].top5} for k, t in found]
+    if len(found) > 1:
+        held = torch.from_numpy(held_out(train.ids))
+        if not 0 < int(held.sum()) < len(held) - max(ks):
+            raise ProbeError(f"several k or temperatures need held-out training images to choose by, and {len(held)} "
+                             f"are too few for k={max(ks)}; give one k and one temperature")  # fmt: skip
+        tried = knn(bank[~held], labels[~held], bank[held], labels[held], **options)
+        best = max(tried, key=lambda pair: tried[pair].top1)
+        chosen = f", chosen among {len(found)} on a held-out tenth of the training images"
+        rows = [row | {"select_top1": tried[row["k"], row["temperature"]].top1} for row in rows]
+    centred = "centred by the bank's mean, " if center else ""
+    words = (f"Weighted {best[0]}-nearest-neighbour vote (T = {best[1]}{chosen}) on pooled features, {centred}cosine "
+             "similarity, float32.")  # fmt: skip
+    numbers = {"top1": found[best].top1, "top5": found[best].top5, "k": best[0], "temperature": best[1], "grid": rows}
+    return Outcome(numbers, words)

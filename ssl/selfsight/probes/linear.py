@@ -3,32 +3,71 @@
 As in MAE (He et al., 2022, appendix A.1) features are standardised per dimension (BatchNorm1d without affine, eps
 1e-6) before the linear layer. Because cached features never change, the standardisation uses the exact statistics of
 the fitting split instead of running averages, which lag. As in DINOv2's grid (Oquab et al., 2023) all heads train side
-by side with SGD, momentum 0.9 and a cosine to zero; unlike there, the best head is chosen on a tenth of the
-*training* split, and the test split is scored once.
+by side, with SGD or LARS, momentum 0.9 and a cosine to zero; unlike there, the best head is chosen on a tenth of the
+*training* split, by its mean over the seeds, and the test split is scored once per seed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.rng import key_of, uniform
 from . import ProbeError
+from .readout import Want
+from .select import held_out, spread
 
-MOMENTUM, INIT_STD, EPS = 0.9, 0.01, 1e-6
+if TYPE_CHECKING:
+    from .store import Bank
+    from .task import Outcome, Task
+
+MOMENTUM, INIT_STD, EPS, TRUST = 0.9, 0.01, 1e-6, 0.001
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # for a batch of 256; scaled by batch / 256
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3)
-SELECT_SHARE = 0.1
+CHUNK = 4096  # rows scored at once: logits of all heads are big
+# What the linear layer sees: the model's own feature, or class tokens of the last n blocks, oldest first and after the
+# final norm, with or without the mean of the last block's patches (DINO, DINOv2).
+INPUTS = {
+    "pooled": (Want("pooled"),),
+    "mean": (Want("mean"),),
+    "class1": (Want("class"),),
+    "class1+mean": (Want("class"), Want("mean")),
+    "class4": tuple(Want("class", i) for i in (-4, -3, -2, -1)),
+    "class4+mean": (*(Want("class", i) for i in (-4, -3, -2, -1)), Want("mean", -1)),
+}
+
+
+class Recipe(NamedTuple):
+    """How heads are trained. heads: (lr, weight decay) pairs, lr per 256 samples of batch. steps: instead of epochs."""
+
+    heads: tuple[tuple[float, float], ...]
+    epochs: int = 100
+    steps: int | None = None
+    batch_size: int = 1024
+    batch_norm: bool = True
+    optimizer: str = "sgd"  # or lars
+    warmup_epochs: float = 0.0
+
+
+class Fitted(NamedTuple):
+    """Heads of every seed: weight [S, H, C, D], bias [S, H, C]; what features are standardised with; accuracy [S, H]
+    on the held-out part of train, in percent."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+    accuracy: Tensor
 
 
 class Linear(NamedTuple):
-    """Accuracies in percent. `grid`: one row per head with its accuracy on the held-out part of train."""
+    """Accuracies in percent, means over the seeds. `grid`: one row per head with its accuracy on the held-out part of
+    train. top1_seeds: one per seed, top1_std their spread. predictions: int64 [n] of the first seed."""
 
     top1: float
     top5: float
@@ -37,11 +76,8 @@ class Linear(NamedTuple):
     weight_decay: float
     grid: list[dict[str, float]]
     predictions: Tensor
-
-
-def held_out(ids: np.ndarray, share: float = SELECT_SHARE) -> np.ndarray:
-    """bool [n]: samples of the selection split. A hash of the id, so the split survives any reordering or subset."""
-    return uniform(key_of(0, np.asarray(ids)), "probe/select", 1)[:, 0] < share
+    top1_seeds: list[float]
+    top1_std: float
 
 
 def linear(
@@ -53,36 +89,58 @@ def linear(
     select: np.ndarray,
     lrs: Sequence[float] = LRS,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
-    epochs: int = 100,
-    batch_size: int = 1024,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     device: torch.device | str = "cpu",
+    **recipe,
 ) -> Linear:
     """Fit every (lr, weight decay) on train without the `select` rows (bool [n]), choose on them, score test once.
 
-    Features [n, D] of any float type, labels int64 >= 0. lrs are per 256 samples of batch. The same seed gives the
-    same result on one device. ProbeError when labels are missing or the selection split is empty.
+    Features [n, D] of any float type, labels int64 >= 0. The same seed gives the same result on one device. recipe:
+    the other fields of `Recipe`. ProbeError when labels are missing or the selection split is empty.
     """
     _check(train, train_labels, test_labels, select)
     classes = int(max(train_labels.max(), test_labels.max())) + 1
+    how = Recipe(tuple((lr, wd) for lr in lrs for wd in weight_decays), **recipe)
+    fitted = fit(train, train_labels, classes, how, select=select, seeds=seeds, device=device)
+    return score(fitted, how, test, test_labels)
+
+
+def fit(
+    train: Tensor, labels: Tensor, classes: int, how: Recipe, *, select: np.ndarray, seeds: Sequence[int], device
+) -> Fitted:
+    """All heads of all seeds on train without `select`, and how each does on `select`."""
     chosen = torch.from_numpy(np.asarray(select, dtype=bool))
-    fit, fit_labels = train[~chosen].to(device).float(), train_labels[~chosen].to(device)
-    mean, std = fit.mean(0), (fit.var(0, unbiased=False) + EPS).sqrt()
-    heads = [(lr, wd) for lr in lrs for wd in weight_decays]
-    weight, bias = _fit((fit - mean) / std, fit_labels, classes, heads, epochs, min(batch_size, len(fit)), seed)
+    x, y = train[~chosen].to(device).float(), labels[~chosen].to(device)
+    mean, std = torch.zeros_like(x[0]), torch.ones_like(x[0])
+    if how.batch_norm:
+        mean, std = x.mean(0), (x.var(0, unbiased=False) + EPS).sqrt()
+    x = (x - mean) / std
+    heads = [_fit(x, y, classes, how, seed) for seed in seeds]
+    fitted = Fitted(*(torch.stack(parts) for parts in zip(*heads)), mean, std, torch.empty(0))
+    held, truth = train[chosen], labels[chosen].cpu()
+    hits = [_ranked(fitted, s, slice(None), held)[..., 0] == truth for s in range(len(seeds))]
+    return fitted._replace(accuracy=torch.stack([100 * h.double().mean(1) for h in hits]))
 
-    def ranked(x: Tensor, head: int | slice) -> Tensor:  # [heads, n, 5]: a chunk at a time, logits of all heads are big
-        parts = ((part.to(device).float() - mean) / std for part in x.split(4096))
-        out = [_logits(p, weight[head], bias[head]).topk(min(5, classes), dim=-1).indices.cpu() for p in parts]
-        return torch.cat(out, dim=1)
 
-    select_hits = ranked(train[chosen], slice(None))[..., 0] == train_labels[chosen].cpu()
-    accuracy = 100 * select_hits.double().mean(1)
+def score(fitted: Fitted, how: Recipe, test: Tensor, labels: Tensor) -> Linear:
+    """The head that is best on the held-out part of train, on average over the seeds, on the test split."""
+    accuracy, labels = fitted.accuracy.mean(0), labels.cpu()
     best = int(accuracy.argmax())
-    hits = (order := ranked(test, slice(best, best + 1))[0]) == test_labels.cpu()[:, None]
-    grid = [{"lr": lr, "weight_decay": wd, "select_top1": a} for (lr, wd), a in zip(heads, accuracy.tolist())]
-    top1, top5 = (100 * h.double().mean().item() for h in (hits[:, 0], hits.any(1)))
-    return Linear(top1, top5, accuracy[best].item(), *heads[best], grid, order[:, 0])
+    ranked = [_ranked(fitted, s, slice(best, best + 1), test)[0] for s in range(len(fitted.weight))]
+    hits = [order == labels[:, None] for order in ranked]
+    top1 = [100 * h[:, 0].double().mean().item() for h in hits]
+    top5 = [100 * h.any(1).double().mean().item() for h in hits]
+    grid = [{"lr": lr, "weight_decay": wd, "select_top1": a} for (lr, wd), a in zip(how.heads, accuracy.tolist())]
+    return Linear(float(np.mean(top1)), float(np.mean(top5)), accuracy[best].item(), *how.heads[best], grid,
+                  ranked[0][:, 0], top1, spread(top1))  # fmt: skip
+
+
+def _ranked(fitted: Fitted, seed: int, heads: slice, x: Tensor) -> Tensor:
+    """The five best classes of every row by some heads of a seed, [heads, n, 5]."""
+    weight, bias = fitted.weight[seed, heads], fitted.bias[seed, heads]
+    parts = ((part.to(weight.device).float() - fitted.mean) / fitted.std for part in x.split(CHUNK))
+    out = [_logits(p, weight, bias).topk(min(5, weight.shape[1]), dim=-1).indices.cpu() for p in parts]
+    return torch.cat(out, dim=1)
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -90,30 +148,47 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.einsum("nd,hcd->hnc", x, weight) + bias[:, None]
 
 
-def _fit(x: Tensor, labels: Tensor, classes: int, heads, epochs: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+def _fit(x: Tensor, labels: Tensor, classes: int, how: Recipe, seed: int) -> tuple[Tensor, Tensor]:
     """All heads at once; each sees the same batches in the same order and starts from the same weights."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(classes, x.shape[1], generator=generator) * INIT_STD
-    weight = start.to(x.device).repeat(len(heads), 1, 1).requires_grad_()
-    bias = torch.zeros(len(heads), classes, device=x.device, requires_grad=True)
-    lr, decay = (torch.tensor(v, device=x.device, dtype=torch.float32) for v in zip(*heads))
+    weight = start.to(x.device).repeat(len(how.heads), 1, 1).requires_grad_()
+    bias = torch.zeros(len(how.heads), classes, device=x.device, requires_grad=True)
+    lr, decay = (torch.tensor(v, device=x.device, dtype=torch.float32) for v in zip(*how.heads))
     speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    steps = epochs * (per_epoch := len(x) // batch)
+    batch = min(how.batch_size, len(x))
+    per_epoch = len(x) // batch
+    steps, warmup = how.steps or how.epochs * per_epoch, how.warmup_epochs * per_epoch
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(x), generator=generator).to(x.device)
         rows = order[(step % per_epoch) * batch :][:batch]
         logits = _logits(x[rows], weight, bias)
         # Summed over heads, averaged over the batch: every head gets the gradient that it would get alone.
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(heads)), reduction="sum") / batch
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(how.heads)), reduction="sum") / batch
         grads = torch.autograd.grad(loss, (weight, bias))
-        rate = lr * (batch / 256) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = lr * (batch / 256) * _share(step, steps, warmup)
         with torch.no_grad():
-            speed[0].mul_(MOMENTUM).add_(grads[0] + decay[:, None, None] * weight)
+            pull = grads[0] + decay[:, None, None] * weight
+            speed[0].mul_(MOMENTUM).add_(pull * _trust(weight, pull) if how.optimizer == "lars" else pull)
             speed[1].mul_(MOMENTUM).add_(grads[1])
             weight -= rate[:, None, None] * speed[0]
             bias -= rate[:, None] * speed[1]
     return weight.detach(), bias.detach()
+
+
+def _share(step: int, steps: int, warmup: float) -> float:
+    """Of the rate: linear from zero over `warmup` steps, then a cosine to zero."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def _trust(weight: Tensor, pull: Tensor) -> Tensor:
+    """LARS (You et al., 2017) as in MAE: 0.001 |w| / |g| per head, [H, 1, 1]; 1 where one of them is zero."""
+    size, force = (t.flatten(1).norm(dim=1) for t in (weight, pull))
+    ratio = TRUST * size / force.clamp(min=1e-38)
+    return torch.where((size > 0) & (force > 0), ratio, 1.0)[:, None, None]
 
 
 def _check(train: Tensor, train_labels: Tensor, test_labels: Tensor, select: np.ndarray) -> None:
@@ -121,6 +196,11 @@ def _check(train: Tensor, train_labels: Tensor, test_labels: Tensor, select: np.
         if not len(labels) or int(labels.min()) < 0:
             missing = int((labels < 0).sum())
             raise ProbeError(f"linear probe: {missing} of {len(labels)} {name} samples have no label; all need one")
+    check_select(train, select)
+
+
+def check_select(train: Tensor, select: np.ndarray) -> None:
+    """ProbeError if features have diverged or nothing is left to fit on or to choose by."""
     if not torch.isfinite(train).all():
         raise ProbeError("linear probe: features contain NaN or infinity; the backbone has diverged")
     if not 0 < int(np.sum(select)) < len(train):
@@ -128,3 +208,53 @@ def _check(train: Tensor, train_labels: Tensor, test_labels: Tensor, select: np.
             f"linear probe: {int(np.sum(select))} of {len(train)} training samples are held out to choose a learning "
             "rate; use more training samples (a tenth is held out)"
         )
+
+
+def run(task: Task) -> Outcome:
+    """Every input, learning rate and weight decay; the best on held-out training images is scored on test."""
+    from .task import Outcome
+
+    p, names = task.settings, list(task.settings.inputs)
+    train, test = task.banks(*dict.fromkeys(want for name in names for want in INPUTS[name]))
+    heads = tuple((lr, wd) for lr in p.lrs for wd in p.weight_decays)
+    how = Recipe(heads, p.epochs, p.steps, p.batch_size, p.batch_norm, p.optimizer, p.warmup_epochs)
+    select, best, found, grid = held_out(train.ids), -1.0, None, []
+    for name in names:
+        x = join(train, INPUTS[name])
+        check_select(x, select)
+        fitted = fit(x, train.labels, task.classes, how, select=select, seeds=task.seeds, device=task.device)
+        means = fitted.accuracy.mean(0).tolist()
+        grid += [{"input": name, "lr": lr, "weight_decay": wd, "select_top1": a} for (lr, wd), a in zip(heads, means)]
+        if max(means) > best:
+            best, found = max(means), (name, fitted)
+    name, fitted = found
+    scored = score(fitted, how, join(test, INPUTS[name]), test.labels)
+    numbers = {
+        "top1": scored.top1, "top1_std": scored.top1_std, "top1_seeds": scored.top1_seeds, "top5": scored.top5,
+        "select_top1": scored.select_top1, "input": name, "lr": scored.lr, "weight_decay": scored.weight_decay,
+        "grid": grid,
+    }  # fmt: skip
+    return Outcome(numbers, _words(how, names, task), fitted.weight[0, 0].numel() + fitted.bias[0, 0].numel())
+
+
+def join(bank: Bank, wants: Sequence[Want]) -> Tensor:
+    """float32 [n, D]: the arrays side by side."""
+    parts = [bank.vectors(want.kind, want.layer, norm=want.norm) for want in wants]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _words(how: Recipe, names: list[str], task: Task) -> str:
+    norm = ("standardised per dimension (batch norm without affine, exact statistics)" if how.batch_norm
+            else "as they are (no batch norm)")  # fmt: skip
+    optimizer = {"sgd": "SGD", "lars": "LARS (trust 0.001)"}[how.optimizer]
+    warmup = f", {how.warmup_epochs:g} epochs of warm-up" if how.warmup_epochs else ""
+    length = f"{how.steps:,} steps" if how.steps else f"{how.epochs} epochs"
+    inputs = " and ".join(names) if len(names) < 3 else f"{len(names)} inputs ({', '.join(names)})"
+    count = len(names) * len(how.heads)
+    protocol = f"After {task.settings.protocol}. " if task.settings.get("protocol") else ""
+    return (
+        f"{protocol}One linear layer on frozen {inputs} features of un-augmented images, {norm}: {count} heads (input "
+        f"x learning rate x weight decay) trained side by side with {optimizer}, momentum 0.9{warmup}, cosine to zero, "
+        f"{length}, batch {how.batch_size:,} at most; the head was chosen on a held-out tenth of the training images "
+        f"and scored on the test split; mean over {len(task.seeds)} seeds."
+    )

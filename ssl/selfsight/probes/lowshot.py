@@ -1,0 +1,96 @@
+"""Low-shot: how well do a few labelled images per class do? Logistic regression and k-NN, over several draws.
+
+As MSN (Assran et al., 2022) does for 1, 2 and 5 images per class and DINOv2 for its n-per-class k-NN: the draws differ,
+the test split stays, mean and spread are reported. Hyper-parameters see the drawn images alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.rng import key_of, uniform
+from . import ProbeError
+from .knn import knn
+from .logistic import Scale, choose_cost, fit, predict
+from .readout import Want
+from .select import spread
+
+if TYPE_CHECKING:
+    from .task import Outcome, Task
+
+MAX_K = 20
+
+
+def draw(ids: np.ndarray, labels: np.ndarray, seed: int, shots: int | None, percent: float | None = None) -> np.ndarray:
+    """Rows of a subset: `shots` of every class, or this share of every class (at least one). Which is a hash of
+    (seed, id), so that larger subsets of a seed contain the smaller ones."""
+    rank = uniform(key_of(seed, np.asarray(ids)), "probe/lowshot", 1)[:, 0]
+    rows = []
+    for c in np.unique(labels):
+        own = np.flatnonzero(labels == c)
+        count = shots if percent is None else max(1, round(len(own) * percent / 100))
+        rows.append(own[np.argsort(rank[own], kind="stable")][:count])
+    return np.sort(np.concatenate(rows))
+
+
+def run(task: Task) -> Outcome:
+    """One row per size of subset and classifier; `top1` is that of the last size by the first classifier."""
+    from .task import Outcome
+
+    p = task.settings
+    train, test = task.banks(Want("pooled"))
+    bank, queries = train.vectors().to(task.device), test.vectors().to(task.device)
+    labels, truth = train.labels.to(task.device), test.labels.to(task.device)
+    rows: list[dict[str, Any]] = []
+    for word, shots, percent in _sizes(task, train.labels.numpy()):
+        draws = [draw(train.ids, train.labels.numpy(), seed, shots, percent) for seed in task.seeds]
+        for kind in p.classifiers:
+            found = [_one(kind, bank[d], labels[d], queries, truth, task) for d in map(torch.from_numpy, draws)]
+            top1 = [accuracy for accuracy, _ in found]
+            rows.append({"size": word, "classifier": kind, "samples": len(draws[0]), "top1": float(np.mean(top1)),
+                         "top1_std": spread(top1), "top1_seeds": top1, "setting": [s for _, s in found]})  # fmt: skip
+            print(f"lowshot {word}, {kind}: {rows[-1]['top1']:.2f} % ± {rows[-1]['top1_std']:.2f}", flush=True)
+    head = [row for row in rows if row["classifier"] == p.classifiers[0]][-1]
+    numbers = {k: head[k] for k in ("top1", "top1_std", "top1_seeds")} | {"top1_is": f"{head['classifier']}, "
+               f"{head['size']}", "rows": rows}  # fmt: skip
+    words = (
+        f"Low-shot: subsets of the training split drawn per class by a hash, {len(task.seeds)} draws, pooled features. "
+        f"logistic: L2, L-BFGS in float64, features centred and scaled by the subset, C of {list(p.costs)} by "
+        f"{p.folds}-fold cross-validation inside the subset (one image per class: the middle C). knn: centred by the "
+        f"subset's mean, cosine, T = {p.temperature:g}, k = images per class, {MAX_K} at most. Mean and spread "
+        "over draws."
+    )
+    trained = task.classes * (bank.shape[1] + 1) if "logistic" in p.classifiers else 0
+    return Outcome(numbers, words, trained)
+
+
+def _sizes(task: Task, labels: np.ndarray) -> Iterator[tuple[str, int | None, float | None]]:
+    """(words, shots, percent) of every subset; ProbeError where a class has too few images."""
+    counts = np.bincount(labels)
+    scarce = int(counts[counts > 0].min())
+    for shots in task.settings.shots:
+        if shots > scarce:
+            raise ProbeError(f"probe.shots={shots} images per class, and class {int(np.argmax(counts == scarce))} has "
+                             f"{scarce} in the training split; leave larger numbers out")  # fmt: skip
+        yield f"{shots} per class", shots, None
+    for percent in task.settings.percent or ():
+        yield f"{percent:g} %", None, percent
+
+
+def _one(
+    kind: str, x: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, task: Task
+) -> tuple[float, dict[str, float]]:
+    """Accuracy in percent on the test split of one subset, and what was chosen for it."""
+    p = task.settings
+    if kind == "knn":
+        k = min(MAX_K, int(torch.bincount(labels).max()))
+        found = knn(x, labels, queries, truth, (k,), (p.temperature,), center=len(x) > 1, num_classes=task.classes)
+        return found[k, p.temperature].top1, {"k": k}
+    cost, scale = choose_cost(x, labels, task.classes, p.costs, p.folds), Scale(x)
+    both = fit(scale(x), labels, task.classes, cost)
+    return 100 * (predict(both, scale(queries)) == truth).double().mean().item(), {"C": cost}

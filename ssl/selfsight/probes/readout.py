@@ -1,0 +1,133 @@
+"""What is read out of a frozen timm model in one forward: pooled feature, class token, patch tokens, of chosen layers.
+
+Layers are blocks (ViT) or stages (ConvNeXt, SHViT, …), counted as timm's `forward_intermediates` counts them; negative
+numbers count from the end. The final norm is a choice that is always said, because it changes what a layer says: k-NN
+on MAE's last block is twice as good without it, and applied to early blocks it distorts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.tokens import Backbone
+from . import ProbeError
+
+KINDS = ("pooled", "class", "mean", "patches")
+
+
+class Want(NamedTuple):
+    """One array of a bank.
+
+    kind: "pooled" (the model's own feature), "class" (class token), "mean" (of the patch tokens) or "patches".
+    layer: None = the model's output, after its final norm; else a block or stage, which "pooled" does not take.
+    norm: apply the final norm to that layer, where timm can (on hierarchical models only to the last one, if at all).
+    """
+
+    kind: str
+    layer: int | None = None
+    norm: bool = True
+
+    @property
+    def name(self) -> str:
+        """File name of the array, without suffix."""
+        return self.kind if self.layer is None else f"{self.kind}-{self.layer}-{'norm' if self.norm else 'raw'}"
+
+
+class Layout(NamedTuple):
+    """depth: blocks or stages of the model. shapes: of one row of every array, by `Want.name`."""
+
+    depth: int
+    shapes: dict[str, tuple[int, ...]]
+
+
+def plain(model: nn.Module, size: int) -> nn.Module:
+    """The timm model that an export would hold, at this image size: what is probed is what a user gets."""
+    if not isinstance(model, Backbone):
+        return model
+    inner = model.timm
+    if getattr(getattr(inner, "patch_embed", None), "img_size", None) not in (None, (size, size)):
+        inner.set_input_size(img_size=size)
+    return inner
+
+
+def resolve(want: Want, depth: int) -> Want:
+    """The same with a layer counted from the start; ProbeError if there is no such layer."""
+    if want.kind not in KINDS or (want.kind == "pooled" and want.layer is not None):
+        raise ProbeError(f"{want} cannot be read out: pooled belongs to the whole model; class, mean and patches to "
+                         "any layer")  # fmt: skip
+    if want.layer is None:
+        return want
+    if not -depth <= want.layer < depth:
+        raise ProbeError(f"layer {want.layer} of a backbone with {depth}: choose 0 to {depth - 1} or -{depth} to -1")
+    return want._replace(layer=want.layer % depth)
+
+
+@torch.no_grad()
+def layout(model: nn.Module, wants: Sequence[Want], size: int, channels: int = 3) -> Layout:
+    """What the model gives for these wants, by running it on one blank image (eval mode is the caller's)."""
+    blank = next(model.parameters()).new_zeros(1, channels, size, size)
+    layers = any(want.layer is not None for want in wants)
+    depth = len(_intermediates(model, blank, None, False)[1]) if layers else 0
+    found = read_out(model, blank, [resolve(want, depth) for want in wants])
+    return Layout(depth, {name: tuple(x.shape[1:]) for name, x in found.items()})
+
+
+@torch.no_grad()
+def read_out(model: nn.Module, x: Tensor, wants: Sequence[Want]) -> dict[str, Tensor]:
+    """Images [B, c, s, s] to the arrays wanted, by name: [B, D], or [B, N, D] for patches (row-major).
+
+    wants: with layers counted from the start (`resolve`). One forward, or two where layers are wanted with and
+    without the norm.
+    """
+    out, final = {}, None
+    for norm in (True, False):
+        layers = sorted({w.layer for w in wants if w.layer is not None and w.norm == norm})
+        if layers:
+            final, tokens = _intermediates(model, x, layers, norm)
+            for number, (patches, prefix) in zip(layers, tokens):
+                chosen = [w for w in wants if w.layer == number and w.norm == norm]
+                out |= {want.name: _pick(want, patches, prefix) for want in chosen}
+    own = [want for want in wants if want.layer is None]
+    if own:
+        final = model.forward_features(x) if final is None else final
+        patches, prefix = _split(model, final)
+        for want in own:
+            pooled = want.kind == "pooled"
+            out[want.name] = model.forward_head(final, pre_logits=True).flatten(1) if pooled else _pick(
+                want, patches, prefix)  # fmt: skip
+    return out
+
+
+def _pick(want: Want, patches: Tensor, prefix: Tensor | None) -> Tensor:
+    if want.kind == "class":
+        if prefix is None or not prefix.shape[1]:
+            raise ProbeError("this backbone has no class token; use its pooled feature or the mean of its patches")
+        return prefix[:, 0]
+    return patches.mean(1) if want.kind == "mean" else patches
+
+
+def _split(model: nn.Module, final: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Patch tokens [B, N, D] and prefix [B, p, D] of timm's final features; some families keep channels last."""
+    if final.ndim == 4:
+        last = final.shape[1] != model.num_features
+        return final.flatten(1, 2) if last else final.flatten(2).mT, None
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return final[:, prefix:], final[:, :prefix]
+
+
+def _intermediates(
+    model: nn.Module, x: Tensor, layers: list[int] | None, norm: bool
+) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+    """timm's final features, and (patches [B, N, D], prefix [B, p, D] or None) of each layer."""
+    if not hasattr(model, "forward_intermediates"):
+        raise ProbeError(f"{type(model).__name__} has no forward_intermediates: only its output can be read, no layer")
+    takes_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    options = {"return_prefix_tokens": True} if takes_prefix else {}
+    final, found = model.forward_intermediates(x, indices=layers, norm=norm, output_fmt="NCHW", **options)
+    pairs = [item if isinstance(item, tuple) else (item, None) for item in found]
+    return final, [(maps.flatten(2).mT, prefix) for maps, prefix in pairs]

@@ -1,0 +1,190 @@
+"""What a probe is given: its settings, and banks of the training and the test split that have been looked over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from ..data import cache_dir, open_source
+from ..data.rng import key_of, uniform
+from ..data.source import Source
+from . import ProbeError
+from .bank import extract, frozen, subset
+from .cuts import Cut
+from .identity import How
+from .load import Loaded, choose_workers
+from .masks import need_objects
+from .readout import Want, plain
+from .store import Bank, Place, stored
+
+TEST_SHARE = 0.2  # of train, where there is no validation split
+MANY_CLASSES = 1000  # a head of more classes than this needs at least a training sample per ten of them
+
+
+class Outcome(NamedTuple):
+    """What a probe found: numbers for its JSON (with `top1` or `miou`, in percent), the protocol in words, and how many
+    parameters were trained."""
+
+    numbers: dict[str, Any]
+    protocol: str
+    parameters: int = 0
+
+
+class Splits(NamedTuple):
+    """Sources and sample ids, and words for where test came from."""
+
+    train: tuple[Source, np.ndarray]
+    test: tuple[Source, np.ndarray]
+    words: str
+
+
+class Task:
+    """One run of one probe.
+
+    settings: the config of the probe; seeds: those that it runs over; warnings: sentences for the user and the JSON.
+    classes: of the head, once banks with labels were asked for. `train` and `test` are the banks asked for last.
+    """
+
+    def __init__(self, cfg: Any, loaded: Loaded, device: torch.device):
+        self.cfg, self.settings, self.loaded, self.device = cfg, cfg.probe, loaded, device
+        self.splits = open_splits(cfg, loaded.image_size)
+        self.seeds = tuple(range(cfg.seed, cfg.seed + (cfg.probe.get("seeds") or 1)))
+        self.warnings: list[str] = []
+        self.classes = 0
+        self.train: Bank | None = None
+        self.test: Bank | None = None
+
+    def warn(self, sentence: str) -> None:
+        """Say it now and keep it with the number."""
+        self.warnings.append(sentence)
+        print(f"warning: {sentence}", flush=True)
+
+    def banks(
+        self, *wants: Want, kind: str = "center", stride: int = 0, labelled: bool = True, masks: str = "none"
+    ) -> tuple[Bank, Bank]:
+        """(train, test) with these arrays; kind, stride: how images are cut (`Cut`).
+
+        labelled: every sample needs a label, and the labels are checked. masks: features of one object per image;
+        those are kept in memory only.
+        """
+        loaded = self.loaded
+        cut = Cut(kind, loaded.image_size, loaded.crop_pct, len(loaded.mean), stride)
+        if masks == "none":
+            self.train, self.test = self._stored(wants, cut)
+        else:
+            self.train, self.test = self._masked(masks)
+        if labelled:
+            for (source, _), bank in zip((self.splits.train, self.splits.test), (self.train, self.test)):
+                need_labels(source, bank, self.settings.name)
+            self.classes = self._count_classes()
+        if shared := overlap(self.train, self.test):
+            keys, same = shared
+            if same or self.cfg.data.name != "scenes":  # the built-in scenes number each split from zero
+                self.warn(_overlap_words(keys, same, len(np.unique(self.test.ids))))
+        return self.train, self.test
+
+    def _stored(self, wants: tuple[Want, ...], cut: Cut) -> tuple[Bank, ...]:
+        bank, loaded = self.cfg.get("bank") or {}, self.loaded
+        how = How(
+            tuple(loaded.mean), tuple(loaded.std), self.cfg.batch_size, self.device,
+            choose_workers(self.cfg.num_workers), bank.get("precision") or "32-true",
+            bool(bank.get("channels_last")), bank.get("dtype") or "float32",
+        )  # fmt: skip
+        root = Path(bank["folder"]).expanduser() if bank.get("folder") else cache_dir() / "banks"
+        name = str(loaded.facts["backbone"]).replace("/", "-")
+        place = Place(root, bank.get("max_gb") or Place._field_defaults["max_gb"], name)
+        with frozen(plain(loaded.model, cut.size)) as model:
+            return tuple(stored(model, *split, wants, cut=cut, how=how, place=place) for split in self.splits[:2])
+
+    def _masked(self, masks: str) -> tuple[Bank, ...]:
+        loaded, cfg = self.loaded, self.cfg
+        need_objects(masks, self.splits.train[0], self.splits.test[0])
+        options = {
+            "size": loaded.image_size, "crop_pct": loaded.crop_pct, "mean": loaded.mean, "std": loaded.std,
+            "batch_size": cfg.batch_size, "device": self.device, "workers": choose_workers(cfg.num_workers),
+            "masks": masks,
+        }  # fmt: skip
+        out = []
+        for source, ids in self.splits[:2]:
+            found = extract(loaded.model, source, ids, **options)
+            none = np.zeros(0, np.uint64)
+            columns = {"ids": found.ids, "part": np.zeros(len(found.ids), np.int64), "labels": found.labels.numpy(),
+                       "key": none, "content": none}  # fmt: skip
+            arrays = {"pooled": found.pooled.numpy()}
+            out.append(Bank(columns, arrays, bad=found.bad, describe=source.describe, shown=found.shown))
+        return tuple(out)
+
+    def _count_classes(self) -> int:
+        """Classes of the head; ProbeError for labels outside it, a warning for classes that nothing can teach."""
+        train, test = self.train.labels, self.test.labels
+        names = self.splits.train[0].classes
+        classes = max(len(names or ()), int(train.max()) + 1)
+        outside = test[test >= classes]
+        if len(outside):
+            raise ProbeError(
+                f"{len(outside):,} of {len(test):,} test labels are outside the head of {classes:,} classes (0 to "
+                f"{classes - 1:,}, as in the training split), e.g. {int(outside[0])}; both splits must number the "
+                "same classes from 0"
+            )
+        if classes > max(MANY_CLASSES, 10 * len(train)):
+            raise ProbeError(f"labels go up to {classes - 1:,} with {len(train):,} training samples; number the "
+                             "classes from 0 without gaps")  # fmt: skip
+        seen = torch.bincount(train, minlength=classes) > 0
+        asked = torch.bincount(test, minlength=classes)
+        empty = [c for c in torch.nonzero(~seen).flatten().tolist() if names or asked[c]]
+        if empty:
+            named = ", ".join(f"{c} ({names[c]})" if names and c < len(names) else str(c) for c in empty[:5])
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            self.warn(f"no training sample of class {named}{more}: {int(asked[empty].sum()):,} test samples can only "
+                      "be taken for other classes")  # fmt: skip
+        return classes
+
+
+def open_splits(cfg: Any, image_size: int) -> Splits:
+    """The training and test samples of `cfg.data`; without validation data a fifth of train is held out by a hash."""
+    data = cfg.data
+    if data.get("mode") == "stream":
+        raise ProbeError("data.mode=stream cannot be read by number; a probe needs data=… with data.mode=exact")
+    if data.name == "scenes" and data.get("size") is None:
+        data = OmegaConf.merge(data, {"size": image_size})
+    train, val = (open_source(data, split) for split in ("train", "val"))
+    if train is None or not len(train):
+        raise ProbeError(f"data={data.name} has no training images to build a bank from")
+    ids = np.arange(len(train))
+    if val is not None and len(val):
+        return Splits((train, subset(len(train), cfg.probe.bank)), (val, np.arange(len(val))), "the validation split")
+    in_test = uniform(key_of(0, ids), "probe/test", 1)[:, 0] < TEST_SHARE
+    bank = ids[~in_test]
+    words = f"a held-out fifth of the training split ({in_test.sum():,} images), as there is no validation split"
+    return Splits((train, bank[subset(len(bank), cfg.probe.bank)]), (train, ids[in_test]), words)
+
+
+def need_labels(source: Source, bank: Bank, name: str) -> None:
+    """ProbeError if a sample has no label."""
+    missing = int((bank.labels < 0).sum())
+    if missing:
+        raise ProbeError(
+            f"probe={name} needs labels, and {missing:,} of {len(bank.labels):,} samples of {source.describe} have "
+            "none; label them (.cls files or class folders), or use probe=rotation or the RankMe of the run's report"
+        )
+
+
+def overlap(train: Bank, test: Bank) -> tuple[int, int] | None:
+    """How many test samples have the key of a training sample, and how many are the same image; None if none do."""
+    if not len(train.key):
+        return None
+    one = test.part == 0  # every sample once
+    keys = int(np.isin(test.key[one], train.key).sum())
+    same = int(np.isin(test.content[one], train.content).sum())
+    return (keys, same) if keys or same else None
+
+
+def _overlap_words(keys: int, same: int, samples: int) -> str:
+    images = "none of them shows the same image, which is fine if keys merely number the samples"
+    if same:
+        images = f"{same:,} of {samples:,} test images are also training images, byte for byte: the number is too good"
+    return f"{keys:,} of {samples:,} test samples have the key of a training sample; {images}"

@@ -1,0 +1,264 @@
+"""Probes on banks: low-shot, retrieval, rotation, several k, named protocols; and data that spoils a number."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from selfsight import config
+from selfsight.backbones import build_backbone
+from selfsight.backbones.tokens import Needs
+from selfsight.interop.export import export_backbone
+from selfsight.probes import ProbeError, logistic
+from selfsight.probes.knn import knn
+from selfsight.probes.linear import Recipe, _fit
+from selfsight.probes.lowshot import draw
+from selfsight.probes.retrieval import retrieve
+from selfsight.probes.run import probe
+from selfsight.probes.select import held_out
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_nano", Needs(), image_sizes=(16,), depth=4, patch_size=4)
+    card = {"objective": "mae", "backbone": "vit_nano", "which": "student", "steps": 7}
+    folder = tmp_path_factory.mktemp("probed") / "export"
+    return export_backbone(backbone, folder, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=16, card=card)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """120 training and 30 validation images of three colours, darker at the bottom."""
+    root = tmp_path_factory.mktemp("colours")
+    return {split: squares(root / split, count) for split, count in (("train", 120), ("val", 30))}
+
+
+def squares(folder, count, first=0, classes="bgr"):
+    light = np.linspace(1.2, 0.5, 20)[:, None, None]
+    for i in range(first, first + count):
+        noise = np.random.default_rng(i + 7 * len(folder.name)).normal(0, 20, (20, 20, 3))
+        colour = np.eye(3)[i % len(classes) % 3] * 160 + 40
+        path = folder / classes[i % len(classes)] / f"{folder.name}{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(colour * light + noise, 0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def run(exported, tmp_path):
+    def call(name, train, val, *words):
+        where = [f"data.root={train}", *([f"data.root_val={val}"] if val else []), f"out={tmp_path / 'out'}"]
+        here = ["num_workers=0", "device=cpu", f"bank.folder={tmp_path / 'banks'}"]
+        return probe(config.load("probe", [f"checkpoint={exported}", f"probe={name}", "data=folder", *where, *here,
+                                           *words]))  # fmt: skip
+
+    return call
+
+
+# --- k-NN ------------------------------------------------------------------------------------------------------------
+
+
+def test_several_k_are_listed_and_one_is_chosen_on_training_images(run, data):
+    result = run("knn", data["train"], data["val"], "probe.k=[1,5,9]", "probe.temperature=[0.07,0.2]")
+    assert len(result["grid"]) == 6
+    best = max(result["grid"], key=lambda row: row["select_top1"])
+    assert (result["k"], result["temperature"], result["top1"]) == (best["k"], best["temperature"], best["top1"])
+    assert "chosen among 6 on a held-out tenth of the training images" in result["protocol"]
+
+
+def test_dinos_protocol_by_name(run, tmp_path):
+    train, val = squares(tmp_path / "train", 240), squares(tmp_path / "val", 9)
+    result = run("knn", train, val, "probe.protocol=dino_knn")
+    assert [row["k"] for row in result["grid"]] == [10, 20, 100, 200] and "centred" not in result["protocol"]
+    assert result["settings"]["probe"]["k"] == [10, 20, 100, 200] and not result["settings"]["probe"]["center"]
+    with pytest.raises(ProbeError, match=r"dino_knn fixes probe\.k=\[10, 20, 100, 200\], and \[7\] was given"):
+        run("knn", train, val, "probe.protocol=dino_knn", "probe.k=7")
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+def test_lars_trains_each_head_as_the_textbook_would():
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(32, 6, generator=g), torch.arange(32) % 3
+    heads = ((2.0, 0.0), (5.0, 0.01))
+    weight, bias = _fit(x, labels, 3, Recipe(heads, epochs=6, batch_size=32, optimizer="lars", warmup_epochs=2), 3)
+    for i, (lr, wd) in enumerate(heads):
+        w = (torch.randn(3, 6, generator=torch.Generator().manual_seed(3)) * 0.01).requires_grad_()
+        b, mu = torch.zeros(3, requires_grad=True), [0, 0]
+        for step in range(6):
+            gw, gb = torch.autograd.grad(F.cross_entropy(x @ w.T + b, labels), (w, b))
+            gw = gw + wd * w
+            mu = [0.9 * mu[0] + 0.001 * w.norm() / gw.norm() * gw, 0.9 * mu[1] + gb]
+            rate = lr * 32 / 256 * (step / 2 if step < 2 else 0.5 * (1 + np.cos(np.pi * (step - 2) / 4)))
+            w, b = (w - rate * mu[0]).detach().requires_grad_(), (b - rate * mu[1]).detach().requires_grad_()
+        torch.testing.assert_close(weight[i], w.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(bias[i], b.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_grid_of_dinov2_has_52_heads(run, data, monkeypatch):
+    from selfsight.probes import protocols
+
+    monkeypatch.setitem(protocols.PROTOCOLS["linear"]["dinov2_linear"], "steps", 3)
+    result = run("linear", data["train"], data["val"], "probe.protocol=dinov2_linear", "probe.seeds=1")
+    assert len(result["grid"]) == 52 and len({(row["input"], row["lr"]) for row in result["grid"]}) == 52
+    assert result["parameters"] in {3 * (128 * blocks + 1) for blocks in (1, 2, 4, 5)}
+    assert result["protocol"].startswith("After dinov2_linear")
+
+
+def test_seeds_give_a_mean_and_a_spread(run, data):
+    result = run("linear", data["train"], data["val"], "probe.epochs=2", "probe.lrs=[0.1]", "probe.seeds=4")
+    assert len(result["top1_seeds"]) == 4 and result["top1"] == pytest.approx(np.mean(result["top1_seeds"]))
+    assert result["top1_std"] == pytest.approx(np.std(result["top1_seeds"], ddof=1)) and result["seeds"] == [0, 1, 2, 3]
+
+
+def test_a_small_set_still_holds_out_a_tenth():
+    for n in range(10, 60):
+        held = held_out(np.repeat(np.arange(n), 2)).reshape(n, 2)
+        assert (held[:, 0] == held[:, 1]).all() and n / 20 <= held[:, 0].sum() <= n / 4
+
+
+# --- low-shot --------------------------------------------------------------------------------------------------------
+
+
+def test_logistic_regression_ends_where_its_gradient_is_zero():
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(40, 5, generator=g, dtype=torch.float64), torch.randint(3, (40,), generator=g)
+    both = logistic.fit(x, labels, 3, 0.7)
+    weight, bias = both[:, :-1].clone().requires_grad_(), both[:, -1].clone().requires_grad_()
+    loss = 0.5 * weight.square().sum() + 0.7 * F.cross_entropy(x @ weight.T + bias, labels, reduction="sum")
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, (weight, bias))) < 1e-5
+    assert torch.equal(logistic.predict(both, x), (x @ weight.T + bias).argmax(1))
+
+
+def test_the_cost_is_chosen_inside_the_subset():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    x = torch.randn(40, 4, generator=g) * torch.tensor([0.3, 30, 1, 1]) + 2 * labels[:, None] * torch.eye(4)[0]
+    assert logistic.choose_cost(x, labels, 2, [1e-6, 1e4], 5) == 1e4  # the small one follows the loud dimension
+    assert logistic.choose_cost(x[:2], labels[:2], 2, [0.1, 1.0, 10.0], 5) == 1.0  # one each: the middle
+
+
+def test_subsets_hold_as_many_of_every_class_and_grow():
+    ids, labels = np.arange(90) * 7, np.arange(90) % 3
+    few, more = draw(ids, labels, 1, 2), draw(ids, labels, 1, 5)
+    assert np.bincount(labels[few]).tolist() == [2, 2, 2] and set(few) < set(more)
+    assert not np.array_equal(draw(ids, labels, 2, 2), few)
+    assert np.bincount(labels[draw(ids, labels, 0, None, 10.0)]).tolist() == [3, 3, 3]
+
+
+def test_lowshot_gives_a_row_per_size_and_classifier(run, data):
+    words = ("probe.shots=[1,3]", "probe.percent=[10]", "probe.seeds=2", "probe.costs=[0.1,10]")
+    result = run("lowshot", data["train"], data["val"], *words)
+    sizes = [(row["size"], row["classifier"], row["samples"]) for row in result["rows"]]
+    assert sizes == [(s, c, n) for s, n in (("1 per class", 3), ("3 per class", 9), ("10 %", 12))
+                     for c in ("logistic", "knn")]  # fmt: skip
+    assert result["top1_is"] == "logistic, 10 %" and result["top1"] > 80 and len(result["top1_seeds"]) == 2
+    with pytest.raises(ProbeError, match=r"shots=41 images per class, and class 0 has 40"):
+        run("lowshot", data["train"], data["val"], "probe.shots=[41]")
+
+
+# --- retrieval -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_retrieval_agrees_with_the_textbook(alone, monkeypatch):
+    from selfsight.probes import retrieval
+
+    monkeypatch.setattr(retrieval, "SIMILARITIES", 100)  # several chunks
+    g = torch.Generator().manual_seed(0)
+    gallery, labels = torch.randn(30, 4, generator=g), torch.randint(4, (30,), generator=g)
+    queries, asked = (gallery, labels) if alone else (torch.randn(7, 4, generator=g), torch.arange(7) % 4)
+    precisions, first = [], []
+    for i, q in enumerate(queries.double()):
+        others = [j for j in range(30) if not (alone and j == i)]
+        others.sort(key=lambda j: -float(F.cosine_similarity(q, gallery[j].double(), dim=0)))
+        hit = [int(labels[j] == asked[i]) for j in others]
+        precisions.append(sum(sum(hit[: r + 1]) / (r + 1) for r in range(len(hit)) if hit[r]) / sum(hit))
+        first.append([any(hit[:k]) for k in (1, 5, 10)])
+    found = retrieve(gallery, labels) if alone else retrieve(gallery, labels, queries, asked)
+    assert found["map"] == pytest.approx(100 * np.mean(precisions)) and found["queries"] == len(queries)
+    assert [found[f"recall{k}"] for k in (1, 5, 10)] == pytest.approx((100 * np.mean(first, axis=0)).tolist())
+
+
+def test_retrieval_reports_recall_at_one_as_top1(run, data):
+    train = run("retrieval", data["train"], data["val"])
+    test = run("retrieval", data["train"], data["val"], "probe.gallery=test")
+    assert train["top1"] == train["recall1"] and train["map"] > 60 and "the other test images" in test["protocol"]
+
+
+# --- rotation --------------------------------------------------------------------------------------------------------
+
+
+def test_rotation_needs_no_labels_and_finds_what_is_up(run, tmp_path):
+    train, val = squares(tmp_path / "train", 60, classes="b"), squares(tmp_path / "val", 12, classes="b")
+    result = run("rotation", train, val, "probe.seeds=2")
+    assert result["top1"] > 80 and result["chance"] == 25 and (result["n_bank"], result["n_query"]) == (60, 12)
+
+
+def test_rotation_says_nothing_where_training_turned_images(run, data, exported, tmp_path, monkeypatch):
+    from selfsight.probes import load
+
+    own = load._from_timm
+    monkeypatch.setattr(load, "_from_timm", lambda *a: (f := own(*a))._replace(facts=f.facts | {"objective": "cim"}))
+    with pytest.raises(ProbeError, match="cim was trained on turned images"):
+        run("rotation", data["train"], data["val"])
+
+
+# --- bad data --------------------------------------------------------------------------------------------------------
+
+
+def listing(folder, name, rows):
+    """A text file of paths and labels."""
+    path = folder / name
+    path.write_text("".join(f"{image}\t{label}\n" for image, label in rows))
+    return path
+
+
+def test_labels_outside_the_head_are_refused(run, data, tmp_path):
+    images = sorted(data["train"].rglob("*.png"))
+    train = listing(tmp_path, "train.txt", [(p, i % 3) for i, p in enumerate(images[:60])])
+    val = listing(tmp_path, "val.txt", [(p, 5 if i < 2 else 1) for i, p in enumerate(images[60:80])])
+    with pytest.raises(ProbeError, match=r"2 of 20 test labels are outside the head of 3 classes \(0 to 2, .*e\.g\. 5"):
+        run("knn", train, val, "probe.k=3")
+    wild = listing(tmp_path, "wild.txt", [(p, 10**6 * (i % 3)) for i, p in enumerate(images[:60])])
+    with pytest.raises(ProbeError, match="labels go up to 2,000,000 with 60 training samples; number the classes"):
+        run("knn", wild, val, "probe.k=3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_without_training_samples_is_warned_of_by_name(run, data, tmp_path, capsys):
+    images = sorted(data["train"].rglob("*.png"))
+    train = listing(tmp_path, "train.txt", [(p, (0, 2)[i % 2]) for i, p in enumerate(images[:60])])
+    val = listing(tmp_path, "val.txt", [(p, i % 3) for i, p in enumerate(images[60:90])])
+    result = run("knn", train, val, "probe.k=3")
+    assert result["warnings"] == ["no training sample of class 1: 10 test samples can only be taken for other classes"]
+    assert "warning: no training sample of class 1" in capsys.readouterr().out
+
+
+def test_images_that_train_and_test_share_are_counted(run, data, tmp_path):
+    images = sorted(data["train"].rglob("*.png"))
+    train = listing(tmp_path, "train.txt", [(p, i % 3) for i, p in enumerate(images[:60])])
+    val = listing(tmp_path, "val.txt", [(p, i % 3) for i, p in enumerate(images[56:80])])
+    (sentence,) = run("knn", train, val, "probe.k=3")["warnings"]
+    assert "4 of 24 test samples have the key of a training sample; 4 of 24 test images are also training" in sentence
+    assert run("knn", data["train"], data["val"], "probe.k=3")["warnings"] == []
+
+
+def test_keys_that_merely_number_samples_are_told_from_shared_images(run, tmp_path):
+    for split, first in (("train", 0), ("val", 60)):
+        for i, path in enumerate(sorted(squares(tmp_path / split, 60 if first == 0 else 12, first).rglob("*.png"))):
+            path.rename(path.with_name(f"{i:04d}.png"))
+    (sentence,) = run("knn", tmp_path / "train", tmp_path / "val", "probe.k=3")["warnings"]
+    assert "none of them shows the same image" in sentence
+
+
+def test_knn_in_one_pass_is_knn_one_at_a_time():
+    g = torch.Generator().manual_seed(0)
+    bank, labels = torch.randn(50, 6, generator=g), torch.arange(50) % 5
+    queries, asked = torch.randn(20, 6, generator=g), torch.arange(20) % 5
+    both = knn(bank, labels, queries, asked, (3, 9), (0.07, 0.2))
+    for k, t in both:
+        assert knn(bank, labels, queries, asked, (k,), (t,))[k, t].top1 == both[k, t].top1
