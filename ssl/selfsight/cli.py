@@ -93,7 +93,8 @@ Accuracy (segmentation: mIoU) of a frozen backbone; writes <out>/<probe>.json.
 
 what         checkpoint=  run folder, export folder, or the name of a timm model
              step= last | best | <number>   which checkpoint of a run folder          which= student | teacher
-how          probe=       {probe}      probe.k=   probe.masks=   probe.lrs=[0.1,0.3]   probe.epochs=
+how          probe=       {probe}
+             probe.k=[10,20]   probe.masks=   probe.lrs=[0.1,0.3]   probe.epochs=   probe.protocol=
 data         data=        {data}   (left out: what the run was trained on)
              data.train= data.val= data.root= data.root_val=
              image_size=  batch_size=  num_workers=  seed=  device=
