@@ -262,3 +262,34 @@ def test_knn_in_one_pass_is_knn_one_at_a_time():
     both = knn(bank, labels, queries, asked, (3, 9), (0.07, 0.2))
     for k, t in both:
         assert knn(bank, labels, queries, asked, (k,), (t,))[k, t].top1 == both[k, t].top1
+
+
+# --- attentive, layer by layer ---------------------------------------------------------------------------------------
+
+
+def test_attentive_heads_are_chosen_on_training_images_and_stored_with_their_settings(run, data):
+    words = ("probe.queries=[2,4]", "probe.lrs=[0.001,0.01]", "probe.epochs=6", "probe.batch_size=32", "probe.seeds=2")
+    result = run("attentive", data["train"], data["val"], *words)
+    assert result["top1"] > 80 and len(result["top1_seeds"]) == 2 and "top1_std" in result
+    assert len(result["grid"]) == 8 and result["num_queries"] in (2, 4) and result["layer"] == "output"
+    queries, width = result["num_queries"], 128
+    assert result["parameters"] == queries * width + width * width + 3 * width + 3
+    assert "efficient" not in result["protocol"] and "Pooling ep" in result["protocol"]
+    with pytest.raises(ProbeError, match="7"):
+        run("attentive", data["train"], data["val"], "probe.queries=[7]")
+
+
+def test_every_layer_gets_a_head_of_its_own(run, data):
+    words = ("probe.epochs=4", "probe.batch_size=32", "probe.seeds=1")
+    result = run("layerwise", data["train"], data["val"], *words)
+    assert [row["layer"] for row in result["layers"]] == [f"layer {i}" for i in range(4)]
+    assert result["top1"] == next(r["top1"] for r in result["layers"] if r["layer"] == result["layer"])
+    two = run("layerwise", data["train"], data["val"], "probe.layers=[0,-1]", "probe.pooling=cls", *words)
+    assert [row["layer"] for row in two["layers"]] == ["layer 0", "layer -1"]
+
+
+def test_poolings_of_the_config_are_those_that_exist():
+    from selfsight.nn.pooling import POOLINGS
+    from selfsight.schema import POOLINGS as named
+
+    assert set(named) == set(POOLINGS)

@@ -138,6 +138,15 @@ def words(default: list[str], *choices: str) -> Any:
     return _field(default, "one or several of " + ", ".join(choices), parse)
 
 
+def layers(default: Any) -> Any:
+    """Numbers of blocks or stages, negative ones from the end; "all"; null: the output."""
+
+    def parse(values: Any) -> Any:
+        return values if values in ("all", None) else [int(v) for v in _listed(values)]
+
+    return _field(default, "all, null, or numbers of blocks or stages such as [3, -1]", parse)
+
+
 def _listed(values: Any) -> list[Any]:
     return [values] if isinstance(values, (str, int, float)) else list(values)
 
@@ -516,6 +525,33 @@ class LinearProbe:
     bank: int | None = integer(None)
 
 
+POOLINGS = ("ep", "cls", "gap", "gem", "aim", "capi", "jepa", "vjepa2", "siglip", "cae", "cait", "coca", "clip",
+            "abmilp", "simpool", "esimpool", "dinovit", "dolg", "cbam")  # fmt: skip
+
+
+@dataclasses.dataclass
+class LayerwiseProbe:
+    name: str = one_of("layerwise", "layerwise")
+    pooling: str = one_of("gap", *POOLINGS)
+    queries: Any = counts([32])
+    layers: Any = layers(None)
+    norm: bool = True
+    optimizer: str = one_of("adamw", "adamw", "lars", "sgd")
+    lrs: list[float] = numbers([0.001], None, 1e-8, 1e4)
+    weight_decays: list[float] = numbers([0.0], None, 0, 10)
+    epochs: int = integer(30)
+    warmup_epochs: float = number(3.0)
+    batch_size: int = integer(512)
+    seeds: int = integer(3)
+    bank: int | None = integer(None)
+
+
+@dataclasses.dataclass
+class AttentiveProbe(LayerwiseProbe):
+    name: str = one_of("attentive", "attentive")
+    protocol: str | None = one_of(None, "ep_lars")
+
+
 @dataclasses.dataclass
 class LowShotProbe:
     name: str = one_of("lowshot", "lowshot")
@@ -759,6 +795,8 @@ SCHEMAS: dict[str, Any] = {
     "probe": {
         "knn": KNNProbe,
         "linear": LinearProbe,
+        "attentive": AttentiveProbe,
+        "layerwise": LayerwiseProbe,
         "lowshot": LowShotProbe,
         "retrieval": RetrievalProbe,
         "rotation": RotationProbe,

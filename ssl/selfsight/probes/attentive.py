@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,12 @@ from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .heads import ProbeHead, Stack, build_head
 from .optimizers import build_optimizer
+from .readout import Want
+from .select import held_out
+
+if TYPE_CHECKING:
+    from .store import Bank
+    from .task import Outcome, Task
 
 LR_BATCH = 256  # learning rates are given per so many samples of a batch
 CHUNK = 256  # samples per batch without gradients
@@ -303,3 +309,72 @@ def _check(train, train_labels: Tensor, test, test_labels: Tensor, select: np.nd
             f"probe: {int(np.sum(select))} of {len(train_labels)} training samples are held out to choose the "
             "settings; hold out some and not all (a tenth is usual)"
         )
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """Tokens of a bank as a `TokenSource`: patches of a layer, or its class token alone."""
+
+    bank: Bank
+    want: Want
+
+    def __len__(self) -> int:
+        return len(self.bank)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        kind, layer, norm = self.want
+        if kind == "class":
+            return self.bank.vectors(kind, layer, rows.numpy(), norm)[:, None]
+        return self.bank.tokens(layer, rows.numpy(), norm)
+
+
+def run(task: Task) -> Outcome:
+    """Heads with one pooling on every layer that is asked for; the best layer and setting on held-out training images
+    is reported, and what was chosen for each layer stands beside it."""
+    from .task import Outcome
+
+    p = task.settings
+    wants = {name: Want("class" if p.pooling == "cls" else "patches", layer, p.norm) for name, layer in _layers(task)}
+    train, test = task.banks(*wants.values())
+    recipe = Recipe(p.optimizer, p.epochs, p.warmup_epochs, p.batch_size)
+    found = attentive(
+        {name: Stored(train, want) for name, want in wants.items()}, train.labels,
+        {name: Stored(test, want) for name, want in wants.items()}, test.labels,
+        select=held_out(train.ids), pooling=p.pooling, lrs=tuple(p.lrs), weight_decays=tuple(p.weight_decays),
+        num_queries=tuple(p.queries) if p.pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe,
+        device=task.device, order_seed=task.cfg.seed,
+    )  # fmt: skip
+    numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}
+    parameters = sum(v.numel() for v in found.best.heads[0].parameters() if v.requires_grad)
+    return Outcome(numbers, _words(task, list(wants), len(found.grid)), parameters)
+
+
+def _layers(task: Task) -> list[tuple[str, int | None]]:
+    """(name, number) of each layer; None is the output of the backbone."""
+    wanted = task.settings.layers
+    if wanted is None:
+        return [("output", None)]
+    if wanted == "all":
+        wanted = range(task.depth())
+    return [(f"layer {number}", number) for number in wanted]
+
+
+def _numbers(chosen: Chosen) -> dict[str, Any]:
+    spread = {} if chosen.spread is None else {"top1_std": chosen.spread}
+    settings = {key: getattr(chosen, key) for key in ("layer", "num_queries", "lr", "weight_decay", "select_top1")}
+    return {"top1": chosen.top1} | spread | {"top1_seeds": chosen.top1_per_seed, "top5": chosen.top5} | settings
+
+
+def _words(task: Task, names: list[str], heads: int) -> str:
+    p = task.settings
+    protocol = f"After {p.protocol}. " if p.get("protocol") else ""
+    norm = "with" if p.norm else "without"
+    return (
+        f"{protocol}Pooling {p.pooling}, batch norm without affine and one linear layer on frozen tokens of "
+        f"{', '.join(names)} ({norm} the final norm) of un-augmented images: {heads} heads (layer x queries x learning "
+        f"rate x weight decay x seed) trained side by side with {p.optimizer}, {p.epochs} epochs, {p.warmup_epochs:g} "
+        f"of warm-up, cosine to zero, batch {p.batch_size:,} at most; layer and setting were chosen on a held-out "
+        "tenth of the training images by the mean over seeds, and scored once on the test split."
+    )

@@ -3,6 +3,8 @@
 dino_knn       DINO (Caron et al., 2021), eval_knn: k of 10, 20, 100 and 200, T = 0.07, not centred.
 mae_linear     MAE (He et al., 2022), appendix A.1: batch norm without affine, LARS with base rate 0.1 for a batch of
                16,384 (at most the split), 90 epochs, 10 of warm-up; published with random crops and flips.
+ep_lars        Psomas et al. (arXiv 2506.10178): efficient probing, 32 queries, LARS with base rate 0.1 for a batch of
+               4096 (at most the split), 90 epochs, 10 of warm-up; published with random crops and flips.
 dinov2_linear  DINOv2 (Oquab et al., 2023), linear grid: 13 rates x class tokens of 1 or 4 last blocks x with or without
                the mean of the patches, SGD, batch 128, 12,500 steps; published with crops and flips, and with the head
                chosen on the test split, which is never done here.
@@ -17,7 +19,10 @@ from omegaconf import OmegaConf
 from .. import config
 from . import ProbeError
 
+EP_LARS = {"pooling": "ep", "queries": [32], "layers": None, "optimizer": "lars", "lrs": [0.1], "weight_decays": [0.0],
+           "epochs": 90, "warmup_epochs": 10, "batch_size": 4096}  # fmt: skip
 PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
+    "attentive": {"ep_lars": EP_LARS},
     "knn": {"dino_knn": {"k": [10, 20, 100, 200], "temperature": [0.07], "center": False}},
     "linear": {
         "mae_linear": {"inputs": ["pooled"], "batch_norm": True, "optimizer": "lars", "lrs": [0.1],

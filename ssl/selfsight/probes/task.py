@@ -18,7 +18,7 @@ from .cuts import Cut
 from .identity import How
 from .load import Loaded, choose_workers
 from .masks import need_objects
-from .readout import Want, plain
+from .readout import Want, layout, plain
 from .store import Bank, Place, stored
 
 TEST_SHARE = 0.2  # of train, where there is no validation split
@@ -86,6 +86,12 @@ class Task:
             if same or self.cfg.data.name != "scenes":  # the built-in scenes number each split from zero
                 self.warn(_overlap_words(keys, same, len(np.unique(self.test.ids))))
         return self.train, self.test
+
+    def depth(self) -> int:
+        """Blocks (ViT) or stages (others) whose tokens can be had."""
+        loaded = self.loaded
+        with frozen(plain(loaded.model, loaded.image_size)) as model:
+            return layout(model, [Want("patches", -1)], loaded.image_size, len(loaded.mean)).depth
 
     def _stored(self, wants: tuple[Want, ...], cut: Cut) -> tuple[Bank, ...]:
         bank, loaded = self.cfg.get("bank") or {}, self.loaded
