@@ -514,7 +514,7 @@ class LinearProbe:
     protocol: str | None = one_of(None, "mae_linear", "dinov2_linear")
     inputs: Any = words(["pooled"], "pooled", "mean", "class1", "class1+mean", "class4", "class4+mean")
     batch_norm: bool = True
-    optimizer: str = one_of("sgd", "sgd", "lars")
+    optimizer: str = one_of("sgd", "sgd", "lars", "adamw")
     lrs: list[float] = numbers([0.1], None, 1e-8, 1e4)
     weight_decays: list[float] = numbers([0.0], None, 0, 10)
     epochs: int = integer(50)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .heads import ProbeHead, Stack, build_head
-from .optimizers import build_optimizer
+from .optimizers import LR_BATCH, build_optimizer
 from .readout import Want
 from .select import held_out
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .store import Bank
     from .task import Outcome, Task
 
-LR_BATCH = 256  # learning rates are given per so many samples of a batch
 CHUNK = 256  # samples per batch without gradients
 
 

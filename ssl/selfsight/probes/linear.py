@@ -9,7 +9,6 @@ by side, with SGD or LARS, momentum 0.9 and a cosine to zero; unlike there, the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..training.schedules import warmup_cosine
 from . import ProbeError
+from .optimizers import LR_BATCH, build_optimizer
 from .readout import Want
 from .select import held_out, spread
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .store import Bank
     from .task import Outcome, Task
 
-MOMENTUM, INIT_STD, EPS, TRUST = 0.9, 0.01, 1e-6, 0.001
+INIT_STD, EPS = 0.01, 1e-6
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # for a batch of 256; scaled by batch / 256
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3)
 CHUNK = 4096  # rows scored at once: logits of all heads are big
@@ -50,7 +51,7 @@ class Recipe(NamedTuple):
     steps: int | None = None
     batch_size: int = 1024
     batch_norm: bool = True
-    optimizer: str = "sgd"  # or lars
+    optimizer: str = "sgd"  # of `optimizers`
     warmup_epochs: float = 0.0
 
 
@@ -155,10 +156,11 @@ def _fit(x: Tensor, labels: Tensor, classes: int, how: Recipe, seed: int) -> tup
     weight = start.to(x.device).repeat(len(how.heads), 1, 1).requires_grad_()
     bias = torch.zeros(len(how.heads), classes, device=x.device, requires_grad=True)
     lr, decay = (torch.tensor(v, device=x.device, dtype=torch.float32) for v in zip(*how.heads))
-    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    optimizer = build_optimizer(how.optimizer, {"weight": weight, "bias": bias}, decay)
     batch = min(how.batch_size, len(x))
     per_epoch = len(x) // batch
-    steps, warmup = how.steps or how.epochs * per_epoch, how.warmup_epochs * per_epoch
+    steps, warmup = how.steps or how.epochs * per_epoch, round(how.warmup_epochs * per_epoch)
+    pace = warmup_cosine(batch / LR_BATCH, steps, warmup)
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(x), generator=generator).to(x.device)
@@ -167,28 +169,8 @@ def _fit(x: Tensor, labels: Tensor, classes: int, how: Recipe, seed: int) -> tup
         # Summed over heads, averaged over the batch: every head gets the gradient that it would get alone.
         loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(how.heads)), reduction="sum") / batch
         grads = torch.autograd.grad(loss, (weight, bias))
-        rate = lr * (batch / 256) * _share(step, steps, warmup)
-        with torch.no_grad():
-            pull = grads[0] + decay[:, None, None] * weight
-            speed[0].mul_(MOMENTUM).add_(pull * _trust(weight, pull) if how.optimizer == "lars" else pull)
-            speed[1].mul_(MOMENTUM).add_(grads[1])
-            weight -= rate[:, None, None] * speed[0]
-            bias -= rate[:, None] * speed[1]
+        optimizer.step({"weight": grads[0], "bias": grads[1]}, lr * pace(step))
     return weight.detach(), bias.detach()
-
-
-def _share(step: int, steps: int, warmup: float) -> float:
-    """Of the rate: linear from zero over `warmup` steps, then a cosine to zero."""
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def _trust(weight: Tensor, pull: Tensor) -> Tensor:
-    """LARS (You et al., 2017) as in MAE: 0.001 |w| / |g| per head, [H, 1, 1]; 1 where one of them is zero."""
-    size, force = (t.flatten(1).norm(dim=1) for t in (weight, pull))
-    ratio = TRUST * size / force.clamp(min=1e-38)
-    return torch.where((size > 0) & (force > 0), ratio, 1.0)[:, None, None]
 
 
 def _check(train: Tensor, train_labels: Tensor, test_labels: Tensor, select: np.ndarray) -> None:
@@ -246,7 +228,8 @@ def join(bank: Bank, wants: Sequence[Want]) -> Tensor:
 def _words(how: Recipe, names: list[str], task: Task) -> str:
     norm = ("standardised per dimension (batch norm without affine, exact statistics)" if how.batch_norm
             else "as they are (no batch norm)")  # fmt: skip
-    optimizer = {"sgd": "SGD", "lars": "LARS (trust 0.001)"}[how.optimizer]
+    momentum = {"sgd": "SGD, momentum 0.9", "lars": "LARS (trust 0.001), momentum 0.9"}
+    optimizer = momentum.get(how.optimizer, "AdamW")
     warmup = f", {how.warmup_epochs:g} epochs of warm-up" if how.warmup_epochs else ""
     length = f"{how.steps:,} steps" if how.steps else f"{how.epochs} epochs"
     inputs = " and ".join(names) if len(names) < 3 else f"{len(names)} inputs ({', '.join(names)})"
@@ -254,7 +237,7 @@ def _words(how: Recipe, names: list[str], task: Task) -> str:
     protocol = f"After {task.settings.protocol}. " if task.settings.get("protocol") else ""
     return (
         f"{protocol}One linear layer on frozen {inputs} features of un-augmented images, {norm}: {count} heads (input "
-        f"x learning rate x weight decay) trained side by side with {optimizer}, momentum 0.9{warmup}, cosine to zero, "
+        f"x learning rate x weight decay) trained side by side with {optimizer}{warmup}, cosine to zero, "
         f"{length}, batch {how.batch_size:,} at most; the head was chosen on a held-out tenth of the training images "
         f"and scored on the test split; mean over {len(task.seeds)} seeds."
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ProbeError
 
+LR_BATCH = 256  # learning rates are given per so many samples of a batch
 Tensors = Mapping[str, Tensor]
 
 
