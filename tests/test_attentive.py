@@ -41,26 +41,64 @@ def run(train=None, test=None, **changes):
 
 @pytest.mark.parametrize("name", POOLINGS)
 def test_stacked_heads_compute_what_each_computes_alone(name):
-    x, labels = torch.randn(5, 16, 24), torch.arange(5) % 3
-    heads = [build_head(name, 24, 3, seed=s, num_tokens=16, **OPTIONS.get(name, {})).train() for s in range(3)]
+    x, labels = data(5, tokens=16, classes=3)
+    x = x.double()
+    heads = [build_head(name, 24, 3, seed=s, num_tokens=16, **OPTIONS.get(name, {})).double() for s in range(3)]
+    heads = [head.train() for head in heads]
     stack = Stack(heads).train()
     logits = stack(x)
     F.cross_entropy(logits.flatten(0, 1), labels.repeat(3), reduction="sum").backward()
     for i, head in enumerate(heads):
         alone = head(x)
-        torch.testing.assert_close(logits[i], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[i], alone, rtol=0, atol=1e-10)
         F.cross_entropy(alone, labels, reduction="sum").backward()
         for key, parameter in head.named_parameters():
-            mine, theirs = (torch.zeros(1) if g is None else g for g in (stack.stacked()[key].grad, parameter.grad))
-            # CaiT's LayerScale of 1e-5 magnifies rounding; test_goldens_probing.py has the numbers.
+            mine, theirs = (
+                torch.zeros(1).double() if g is None else g for g in (stack.stacked()[key].grad, parameter.grad)
+            )
             mine = mine[i] if mine.ndim > theirs.ndim else mine
-            torch.testing.assert_close(mine, theirs.expand_as(mine), rtol=0, atol=1e-3 if name == "cait" else 1e-5)
+            # CaiT's LayerScale of 1e-5 magnifies rounding.
+            torch.testing.assert_close(mine, theirs.expand_as(mine), rtol=0, atol=1e-8 if name == "cait" else 1e-10)
         ours, theirs = stack.head(i).state_dict(), head.state_dict()
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-10)
     with torch.no_grad():
-        torch.testing.assert_close(stack.eval()(x), torch.stack([h.eval()(x) for h in heads]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(stack.eval()(x), torch.stack([h.eval()(x) for h in heads]), rtol=0, atol=1e-10)
+
+
+class Counting(Memory):
+    """Remembers the largest number of samples that were asked for at once."""
+
+    most = 0
+
+    def tokens(self, rows):
+        self.most = max(self.most, len(rows))
+        return super().tokens(rows).double()
+
+
+@pytest.mark.parametrize("name", ["ep", "siglip", "clip", "abmilp", "gap"])
+def test_batches_in_pieces_train_the_same_heads(name):
+    x, labels = data(70)
+    trained = []
+    for pieces in (None, 13):
+        recipe = Recipe("adamw", 2, 0, 32, max_batch=pieces)
+        settings = [Setting("last", None, lr, 0.01, 0) for lr in (0.01, 0.1)]
+        source = Counting(x)
+        groups = build_groups(settings, {"last": source}, name, 4, recipe, **OPTIONS.get(name, {}))
+        groups[0].stack.double()
+        losses = fit(groups, {"last": source}, labels, torch.arange(64), recipe)
+        trained.append((losses, groups[0].stack.state_dict()))
+        assert source.most == (pieces or 32)
+    torch.testing.assert_close(trained[0][0], trained[1][0], rtol=0, atol=1e-6)
+    for key, value in trained[0][1].items():
+        torch.testing.assert_close(trained[1][1][key], value, rtol=0, atol=1e-9, msg=key)
+
+
+def test_batches_are_not_split_where_tokens_have_batch_statistics():
+    recipe = Recipe("sgd", 1, 0, 32, max_batch=8)
+    with pytest.raises(ProbeError, match="max_batch=8 cannot split a batch of 32: this pooling has batch statistics"):
+        run(pooling="aim", num_queries=(None,), num_heads=4, recipe=recipe)
 
 
 class Double(Memory):

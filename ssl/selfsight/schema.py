@@ -542,6 +542,7 @@ class LayerwiseProbe:
     epochs: int = integer(30)
     warmup_epochs: float = number(3.0)
     batch_size: int = integer(512)
+    max_batch: int | None = integer(None)
     seeds: int = integer(3)
     bank: int | None = integer(None)
 

@@ -9,7 +9,7 @@ was fitted on, by the mean over seeds; the test split is scored once, with the c
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -58,7 +58,8 @@ class Memory:
 class Recipe(NamedTuple):
     """How heads are trained: linear warm-up, then a cosine to zero, per iteration.
 
-    options: of the optimizer (`optimizers`). batch_norm, zero_bias: `ProbeHead`.
+    options: of the optimizer (`optimizers`). batch_norm, zero_bias: `ProbeHead`. max_batch: tokens of so many samples
+    are in memory at once (None: of a whole batch); it changes the memory and the time, not the result.
     """
 
     optimizer: str = "lars"
@@ -68,6 +69,7 @@ class Recipe(NamedTuple):
     batch_norm: bool = True
     zero_bias: bool = False
     options: Mapping[str, Any] = {}
+    max_batch: int | None = None
 
 
 EP_LARS = Recipe()  # of efficient probing's benchmark
@@ -215,13 +217,32 @@ def fit(
             order = torch.randperm(len(rows), generator=generator) if shuffle else torch.arange(len(rows))
         # Sorted within the batch, so that a memory map is read forwards; a mean knows no order.
         part = rows[order[(step % per_epoch) * batch :][:batch]].sort().values
-        target, tokens, found = labels[part].to(device), {}, []
+        target, pieces, found, layer = labels[part].to(device), part.split(recipe.max_batch or batch), [], None
         for trainer in trainers:
-            if trainer.layer not in tokens:
-                tokens = {trainer.layer: sources[trainer.layer].tokens(part).to(device)}  # one layer at a time
-            found.append(trainer.step(tokens[trainer.layer], target, pace(step)))
+            if trainer.layer != layer:  # one layer at a time
+                layer = trainer.layer
+                tokens = _Pieces(sources[layer], pieces, device)
+            found.append(trainer.step(tokens, target, pace(step)))
         losses[step] = torch.cat(found)
     return losses
+
+
+class _Pieces:
+    """The tokens of a batch in pieces; a batch of one piece is read once for all who ask."""
+
+    def __init__(self, source: TokenSource, pieces: Sequence[Tensor], device: torch.device | str):
+        self.source, self.pieces, self.device, self.only = source, pieces, device, None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if len(self.pieces) > 1:
+            yield from (self.source.tokens(piece).to(self.device) for piece in self.pieces)
+            return
+        if self.only is None:
+            self.only = self.source.tokens(self.pieces[0]).to(self.device)
+        yield self.only
+
+    def __len__(self) -> int:
+        return len(self.pieces)
 
 
 class _Trainer:
@@ -229,19 +250,50 @@ class _Trainer:
 
     def __init__(self, group: Group, recipe: Recipe, batch: int, device: torch.device | str):
         self.layer, self.stack, self.params = group.layer, group.stack.train(), group.stack.stacked()
+        if (recipe.max_batch or batch) < batch and not self.stack.splits:
+            raise ProbeError(
+                f"probe.max_batch={recipe.max_batch} cannot split a batch of {batch}: this pooling has batch "
+                "statistics of its tokens; leave max_batch out, lower batch_size, or take another pooling"
+            )
         lr, decay = (
             torch.tensor([getattr(s, key) for s in group.settings], device=device) for key in ("lr", "weight_decay")
         )
         self.lr = lr * (batch / LR_BATCH)
         self.optimizer = build_optimizer(recipe.optimizer, self.params, decay, **recipe.options)
 
-    def step(self, tokens: Tensor, labels: Tensor, pace: float) -> Tensor:
+    def step(self, batch: _Pieces, labels: Tensor, pace: float) -> Tensor:
         """One step of all heads; their losses [P]."""
-        losses = head_losses(self.stack(tokens), labels)
+        losses, grads = (self._whole if len(batch) == 1 else self._in_pieces)(batch, labels)
+        self.optimizer.step(grads, self.lr * pace)
+        return losses.detach().cpu()
+
+    def _whole(self, batch: _Pieces, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = head_losses(self.stack(next(iter(batch))), labels)
         # The sum over heads gives each the gradient of its own loss.
         grads = torch.autograd.grad(losses.sum(), list(self.params.values()), materialize_grads=True)
-        self.optimizer.step(dict(zip(self.params, grads)), self.lr * pace)
-        return losses.detach().cpu()
+        return losses, dict(zip(self.params, grads))
+
+    def _in_pieces(self, batch: _Pieces, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with the tokens of one piece in memory at a time: pooled once without a graph, so that batch norm
+        and loss see the whole batch, then once more to carry the gradient of the pooled features back (GradCache, Gao
+        et al., 2021)."""
+        with torch.no_grad():
+            pooled = torch.cat([self.stack.pooled(tokens) for tokens in batch], dim=1).requires_grad_()
+        losses = head_losses(self.stack.classify(pooled), labels)
+        names = list(self.params)
+        upstream, *found = torch.autograd.grad(
+            losses.sum(), [pooled, *self.params.values()], allow_unused=True, materialize_grads=True
+        )
+        grads = dict(zip(names, found))
+        inner = {n: p for n, p in self.params.items() if n.startswith("pooling.")}
+        parts = upstream.split([len(piece) for piece in batch.pieces], dim=1)
+        for tokens, grad in zip(batch, parts) if inner else ():
+            more = torch.autograd.grad(
+                self.stack.pooled(tokens), list(inner.values()), grad, allow_unused=True, materialize_grads=True
+            )
+            for name, own in zip(inner, more):
+                grads[name] = grads[name] + own
+        return losses, grads
 
 
 def head_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -337,7 +389,7 @@ def run(task: Task) -> Outcome:
     p = task.settings
     wants = {name: Want("class" if p.pooling == "cls" else "patches", layer, p.norm) for name, layer in _layers(task)}
     train, test = task.banks(*wants.values())
-    recipe = Recipe(p.optimizer, p.epochs, p.warmup_epochs, p.batch_size)
+    recipe = Recipe(p.optimizer, p.epochs, p.warmup_epochs, p.batch_size, max_batch=p.max_batch)
     found = attentive(
         {name: Stored(train, want) for name, want in wants.items()}, train.labels,
         {name: Stored(test, want) for name, want in wants.items()}, test.labels,

@@ -129,11 +129,19 @@ class Stack(nn.Module):
         return {n: p for n, p in found.items() if p.requires_grad}
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.pooled(x)
+        return self.classify(self.pooled(x))
+
+    def classify(self, y: Tensor) -> Tensor:
+        """Pooled features [P, B, Do] -> logits [P, B, C]."""
         if self.template.bn is not None:
             y = self._norm(y)
         weight, bias = self._get("linear.weight"), self._get("linear.bias")
         return torch.baddbmm(bias[:, None], y, weight.mT)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the pooling sees each sample alone, so that a batch may be pooled in parts."""
+        return not any(name.startswith("pooling.") for name in self.buffer_names)
 
     def pooled(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] -> pooled features of all heads, [P, B, Do]."""
