@@ -13,6 +13,7 @@ from typing import Any
 COMMANDS = {
     "train": "selfsight.training.run:train",
     "probe": "selfsight.probes.run:probe",
+    "table": "selfsight.probes.table:table",
     "export": "selfsight.interop.export:export",
     "prepare": "selfsight.data.prepare:prepare",
     "proposals": "selfsight.proposals:proposals",
@@ -28,6 +29,7 @@ usage: selfsight <command> [key=value …]        selfsight <command> --help
 
   train      pretrain a backbone on images                    selfsight train objective=mae backbone=vit_s
   probe      accuracy or mIoU of a frozen backbone            selfsight probe checkpoint=runs/my-run
+  table      many probes of several backbones side by side    selfsight table checkpoint=[runs/a,runs/b]
   export     a folder that timm opens                         selfsight export checkpoint=runs/my-run out=my-model
   prepare    images to well-formed shards                     selfsight prepare folder source=/d/images out=/d/shards
   proposals  object masks from a backbone's own features      selfsight proposals checkpoint=runs/my-run out=/d/objects
@@ -100,6 +102,23 @@ data         data=        {data}   (left out: what the run was trained on)
              image_size=  batch_size=  num_workers=  seed=  device=
 features     bank.folder= bank.max_gb= bank.dtype= bank.precision=   stored once, used by every probe
 result       out=         folder for the JSON
+""",
+    "table": """\
+Many probes of one or several frozen backbones: one pass over the images for all, one table.
+
+  {call} checkpoint=runs/my-run
+  {call} checkpoint=[runs/mae,runs/dino] data=shards data.train='/d/train-*.tar' data.val='/d/val-*.tar'
+  {call} checkpoint=runs/my-run probes=[knn,ep,segmentation] masks.train='/d/train-*.tar' masks.val='/d/val-*.tar'
+
+what         checkpoint=  run folders, export folders or timm models: one, or [several]
+             step= last | best | <number>           which= student | teacher
+rows         probes=      knn linear layerwise lowshot retrieval rotation segmentation, and poolings of probe=attentive
+             set='linear.epochs=20 knn.k=[10,20]'   keys of single rows      seeds=      images=
+data         data=        {data}   (left out: what each run was trained on; keys as for probe)
+             masks.train= masks.val=     shards with mask.png for the row segmentation
+             image_size=  batch_size=  num_workers=  seed=  device=
+features     bank.folder= bank.max_gb= bank.dtype= bank.precision=
+result       out=         folder of table.md, table.json, layers.svg and the JSON of every row
 """,
     "export": """\
 Write a folder that timm.create_model('local-dir:<out>', pretrained=True) opens.

@@ -689,6 +689,35 @@ class Probe:
 
 
 @dataclasses.dataclass
+class MaskShards:
+    train: Any = _field(None, "a shard pattern such as /d/train-{000000..000099}.tar or a list of them", _patterns)
+    val: Any = _field(None, "a shard pattern such as /d/val-{000000..000009}.tar or a list of them", _patterns)
+
+
+ROWS = ("knn", "linear", "layerwise", "lowshot", "retrieval", "rotation", "segmentation", *POOLINGS)
+
+
+@dataclasses.dataclass
+class Table:
+    data: Any = None
+    checkpoint: Any = None
+    probes: Any = words(["knn", "linear", "ep"], *ROWS)
+    set: str | None = None
+    masks: MaskShards = dataclasses.field(default_factory=MaskShards)
+    seeds: int | None = integer(None)
+    images: int | None = integer(None)
+    step: Any = kept_step()
+    which: str | None = one_of(None, "student", "teacher")
+    image_size: int | None = integer(None, 8)
+    batch_size: int = integer(256)
+    num_workers: int | None = integer(None, 0)
+    seed: int = integer(0, 0)
+    out: str | None = None
+    device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
+    bank: BankConfig = dataclasses.field(default_factory=BankConfig)
+
+
+@dataclasses.dataclass
 class Export:
     checkpoint: str | None = None
     step: Any = kept_step()
@@ -768,6 +797,7 @@ COMMANDS = {
     "train": Train,
     "bench": Bench,
     "probe": Probe,
+    "table": Table,
     "export": Export,
     "prepare": Prepare,
     "proposals": Proposals,

@@ -387,29 +387,34 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     p = task.settings
-    wants = {name: Want("class" if p.pooling == "cls" else "patches", layer, p.norm) for name, layer in _layers(task)}
-    train, test = task.banks(*wants.values())
+    wanted = _layers(task, p)
+    train, test = task.banks(*wanted.values())
     recipe = Recipe(p.optimizer, p.epochs, p.warmup_epochs, p.batch_size, max_batch=p.max_batch)
     found = attentive(
-        {name: Stored(train, want) for name, want in wants.items()}, train.labels,
-        {name: Stored(test, want) for name, want in wants.items()}, test.labels,
+        {name: Stored(train, want) for name, want in wanted.items()}, train.labels,
+        {name: Stored(test, want) for name, want in wanted.items()}, test.labels,
         select=held_out(train.ids), pooling=p.pooling, lrs=tuple(p.lrs), weight_decays=tuple(p.weight_decays),
         num_queries=tuple(p.queries) if p.pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe,
         device=task.device, order_seed=task.cfg.seed,
     )  # fmt: skip
     numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}
     parameters = sum(v.numel() for v in found.best.heads[0].parameters() if v.requires_grad)
-    return Outcome(numbers, _words(task, list(wants), len(found.grid)), parameters)
+    return Outcome(numbers, _words(task, list(wanted), len(found.grid)), parameters)
 
 
-def _layers(task: Task) -> list[tuple[str, int | None]]:
-    """(name, number) of each layer; None is the output of the backbone."""
-    wanted = task.settings.layers
+def wants(task: Task, settings: Any) -> list[Want]:
+    """What a run with these settings reads."""
+    return list(_layers(task, settings).values())
+
+
+def _layers(task: Task, settings: Any) -> dict[str, Want]:
+    """What is read of each layer, by its name."""
+    wanted, kind = settings.layers, "class" if settings.pooling == "cls" else "patches"
     if wanted is None:
-        return [("output", None)]
+        return {"output": Want(kind, None, settings.norm)}
     if wanted == "all":
         wanted = range(task.depth())
-    return [(f"layer {number}", number) for number in wanted]
+    return {f"layer {number}": Want(kind, number, settings.norm) for number in wanted}
 
 
 def _numbers(chosen: Chosen) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,11 @@ def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Ten
         raise ProbeError(f"k={k} neighbours of a bank of {len(bank)} samples; choose 1 <= k <= {len(bank)}")
     if min(temps) <= 0:
         raise ProbeError(f"k-NN temperature {min(temps)} must be positive; 0.07 is usual")
+
+
+def wants(task: Task, settings: Any) -> list[Want]:
+    """What a run with these settings reads; features of single objects are not stored."""
+    return [Want("pooled")] if (settings.get("masks") or "none") == "none" else []
 
 
 def run(task: Task) -> Outcome:

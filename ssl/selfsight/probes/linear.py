@@ -10,7 +10,7 @@ by side, with SGD or LARS, momentum 0.9 and a cosine to zero; unlike there, the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -192,12 +192,17 @@ def check_select(train: Tensor, select: np.ndarray) -> None:
         )
 
 
+def wants(task: Task, settings: Any) -> list[Want]:
+    """What a run with these settings reads."""
+    return list(dict.fromkeys(want for name in settings.inputs for want in INPUTS[name]))
+
+
 def run(task: Task) -> Outcome:
     """Every input, learning rate and weight decay; the best on held-out training images is scored on test."""
     from .task import Outcome
 
     p, names = task.settings, list(task.settings.inputs)
-    train, test = task.banks(*dict.fromkeys(want for name in names for want in INPUTS[name]))
+    train, test = task.banks(*wants(task, p))
     heads = tuple((lr, wd) for lr in p.lrs for wd in p.weight_decays)
     how = Recipe(heads, p.epochs, p.steps, p.batch_size, p.batch_norm, p.optimizer, p.warmup_epochs)
     select, best, found, grid = held_out(train.ids), -1.0, None, []

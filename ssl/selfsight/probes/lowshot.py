@@ -38,12 +38,17 @@ def draw(ids: np.ndarray, labels: np.ndarray, seed: int, shots: int | None, perc
     return np.sort(np.concatenate(rows))
 
 
+def wants(task: Task, settings: Any) -> list[Want]:
+    """What a run with these settings reads."""
+    return [Want("pooled")]
+
+
 def run(task: Task) -> Outcome:
     """One row per size of subset and classifier; `top1` is that of the last size by the first classifier."""
     from .task import Outcome
 
     p = task.settings
-    train, test = task.banks(Want("pooled"))
+    train, test = task.banks(*wants(task, task.settings))
     bank, queries = train.vectors().to(task.device), test.vectors().to(task.device)
     labels, truth = train.labels.to(task.device), test.labels.to(task.device)
     rows: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ nearest.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +59,17 @@ def retrieve(
     return {"map": 100 * total / count, "queries": count} | {f"recall{k}": 100 * n / count for k, n in hits.items()}
 
 
+def wants(task: Task, settings: Any) -> list[Want]:
+    """What a run with these settings reads."""
+    return [Want("pooled")]
+
+
 def run(task: Task) -> Outcome:
     """Test images search the training split, or each other."""
     from .task import Outcome
 
     p = task.settings
-    train, test = task.banks(Want("pooled"))
+    train, test = task.banks(*wants(task, task.settings))
     queries, asked = test.vectors().to(task.device), test.labels.to(task.device)
     if p.gallery == "test":
         numbers = retrieve(queries, asked, center=p.center)

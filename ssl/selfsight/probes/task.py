@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,11 @@ class Task:
             if same or self.cfg.data.name != "scenes":  # the built-in scenes number each split from zero
                 self.warn(_overlap_words(keys, same, len(np.unique(self.test.ids))))
         return self.train, self.test
+
+    def store(self, wants: Iterable[Want]) -> None:
+        """Put arrays of both splits on disk for probes that will ask for them, in one pass."""
+        loaded = self.loaded
+        self._stored(tuple(wants), Cut("center", loaded.image_size, loaded.crop_pct, len(loaded.mean)))
 
     def depth(self) -> int:
         """Blocks (ViT) or stages (others) whose tokens can be had."""
