@@ -58,8 +58,8 @@ class EvalPlan:
         return sorted(step for step in some if step <= until and self.due(name, step))
 
     def state(self, name: str, step: int, start: int) -> str:
-        """What the files say about an evaluation that is due: done | failed | running | submitted (to Slurm) | waiting |
-        here (a run that stands at this step measures it itself) | missed (its checkpoint is no longer there)."""
+        """What the files say about an evaluation that is due: done | failed | running | submitted (to Slurm) | waiting
+        (for a process) | here (a run that stands at this step measures it itself) | missed (no checkpoint is there)."""
         folder, inline = eval_folder(self.run, name, step), self.entries[name].how == "inline"
         if eval_result(folder):
             return "done"
@@ -163,9 +163,10 @@ class EvalPlan:
             other = _settings(result.facts.get("settings") or {})
             different = [f"{k}: {other[k]} -> {mine[k]}" for k in mine if k in other and other[k] != mine[k]]
             if different:
-                folder = self.run / "evals" / name
-                raise ConfigError(f"the number of step {step} was measured in another way ({'; '.join(different)}): give "
-                                  f"the entry another name, or remove {folder}-*")  # fmt: skip
+                raise ConfigError(
+                    f"the number of step {step} was measured in another way ({'; '.join(different)}): give the entry "
+                    f"another name, or remove {self.run / 'evals' / name}-*"
+                )
 
 
 def _settings(tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Evaluations during training: the entries of `eval`, in this process, in processes beside it, or as Slurm jobs.
 
 What is due, at work, done or failed follows from files (see `results`), so a run that was killed goes on with its
-evaluations where it goes on with its steps: none is lost, none is done twice. A checkpoint stays as long as an evaluation
-waits for it. Nothing here changes what is trained; nothing that goes wrong here ends a training.
+evaluations where it goes on with its steps: none is lost, none is done twice. A checkpoint stays as long as an
+evaluation waits for it. Nothing here changes what is trained; nothing that goes wrong here ends a training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,12 +96,8 @@ class Evals:
         self.poll()
 
     def _add(self, key: Key) -> None:
-        if key[1] not in self.results[key[0]] and key not in [
-            *self.waiting,
-            *self.running,
-            *self.submitted,
-            *self.failed,
-        ]:
+        known = (*self.waiting, *self.running, *self.submitted, *self.failed)
+        if key[1] not in self.results[key[0]] and key not in known:
             self.waiting.append(key)
 
     def poll(self) -> None:
@@ -195,9 +190,10 @@ class Evals:
     def _inline(self, name: str, step: int, said: Any) -> None:
         assert self.judge is not None, "rank 0 sets it"
         judge, began, cfg = self.judge, time.monotonic(), self.plan.probe_config(name, step)
-        with contextlib.redirect_stdout(said), _same_randomness(judge.device), torch.enable_grad():
-            with torch.compiler.set_stance("force_eager"):  # other batch sizes would each compile another graph
-                probe_loaded(cfg, _loaded(judge, step, cfg.which, image_size(cfg)), judge.device, began)
+        eager = torch.compiler.set_stance("force_eager")  # other batch sizes would each compile another graph
+        with contextlib.redirect_stdout(said), _same_randomness(judge.device), torch.enable_grad(), eager:
+            loaded = _loaded(judge, step, cfg.which, image_size(cfg))
+            probe_loaded(cfg, loaded, judge.device, began)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -205,8 +201,7 @@ class Evals:
         """Until all processes are through; what is in Slurm's queue is not waited for."""
         self.poll()
         if left := [f"{name} of step {step}" for name, step in [*self.running, *self.waiting]]:
-            self.say(f"waiting for {len(left)} evaluation{'s' * (len(left) > 1)}: {', '.join(left)} (if this is stopped, "
-                     "the same command goes on with them)")  # fmt: skip
+            self.say(f"waiting for {', '.join(left)} (if this is stopped, the same command goes on with them)")
         while self.running or self.waiting:
             time.sleep(0.1)
             self.poll()
@@ -255,8 +250,8 @@ class Evals:
 def _loaded(judge: Judge, step: int, which: str | None, size: int | None) -> Loaded:
     """The backbone in training, as the probe command would have opened it."""
     cfg, module = judge.cfg, judge.module
-    facts = {"backbone": cfg.backbone.name, "objective": cfg.objective.name,
-             "which": which or next(iter(module.objective.exports())), "checkpoint": str(judge.folder), "step": step}  # fmt: skip
+    facts = {"backbone": cfg.backbone.name, "objective": cfg.objective.name, "checkpoint": str(judge.folder)}
+    facts |= {"which": which or next(iter(module.objective.exports())), "step": step}
     mean, std, size = tuple(module.mean.tolist()), tuple(module.std.tolist()), size or cfg.image_size
     return Loaded(judge.copy(which), mean, std, size, crop_share(size), facts, cfg.data)
 
