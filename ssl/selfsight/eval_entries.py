@@ -44,7 +44,7 @@ def _drop(entries: dict[str, dict[str, str]], key: str, name: str, text: str | N
             )
         return
     word = name if name in _keys() else "every_n_steps"
-    raise ConfigError(f"{key}={text}: an evaluation has a name and keys, for example eval.linear.{word}="
+    raise ConfigError(f"{key}={text}: an evaluation has a name and keys: write eval.linear.{word}="
                       f"{text if word == name else 1000}")  # fmt: skip
 
 

@@ -69,8 +69,8 @@ def save(
     best: bool = False,
     protect: Collection[int] = (),
 ) -> Path:
-    """Write a checkpoint durably, then prune old ones (never the newest `keep_last`, the best, and those of the steps in
-    `protect`). Returns its path.
+    """Write a checkpoint durably, then prune old ones (never the newest `keep_last`, the best, nor steps in `protect`).
+    Returns its path.
 
     files: name -> tensors ("model", "optim"); meta: JSON-able. OSError leaves all earlier checkpoints as they were.
     """

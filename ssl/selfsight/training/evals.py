@@ -30,6 +30,7 @@ from .jobs import TOLD_TO_STOP, Job, in_queue, job_number, last_line, process_en
 from .judge import Judge
 
 Key = tuple[str, int]  # name of the entry, step
+PROBE = (sys.executable, "-m", "selfsight", "probe")
 SLURM_SECONDS = 30.0  # between two looks for results of jobs
 
 
@@ -131,7 +132,7 @@ class Evals:
                 self.running[key] = start(argv, **options, env=slurm_env(), out=folder / "job")
             else:
                 env = process_env(self.plan.threads(name), hide_gpus=(entry.device or "cpu") == "cpu")
-                self.running[key] = start([sys.executable, "-m", "selfsight", "probe", *words], **options, env=env)
+                self.running[key] = start([*PROBE, *words], **options, env=env)
         except OSError as error:
             self._fail(key, f"it cannot be started ({error})")
 
