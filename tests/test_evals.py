@@ -43,7 +43,8 @@ def make(tmp_path, monkeypatch):
     run, sessions = tmp_path / "run", []
 
     def session(*words, start=0):
-        cfg = config.load("train", [f"run_dir={run}", "max_steps=60", "batch_size=8", *words])
+        data = ("image_size=32", "data.num_train=16", "data.num_val=8")
+        cfg = config.load("train", [f"run_dir={run}", "max_steps=60", "batch_size=8", *data, *words])
         run.mkdir(exist_ok=True)
         found = Evals(EvalPlan(cfg, 60))
         found.lines = []
