@@ -39,28 +39,30 @@ class EvalPlan:
         self.cfg, self.total_steps, self.run = cfg, total_steps, Path(cfg.run_dir)
         self.entries: dict[str, DictConfig] = {name: cfg.eval[name] for name in cfg.eval}
         self.words = {name: probe_words(entry) for name, entry in self.entries.items()}
+        # Plain values, as they are asked for after every step.
+        self.inline = {name: entry.how == "inline" for name, entry in self.entries.items()}
+        self.every = {name: entry.every_n_steps for name, entry in self.entries.items()}
+        self.at = {name: frozenset(entry.at or ()) for name, entry in self.entries.items()}
 
     # -- when --------------------------------------------------------------------------------------------------------
 
     def due(self, name: str, step: int) -> bool:
         """Whether an entry is measured at a step (1 = after the first)."""
-        entry, last = self.entries[name], step == self.total_steps
-        if entry.every_n_steps is None and entry.at is None:
-            return last
-        every = entry.every_n_steps
-        return step in (entry.at or ()) or (every is not None and step > 0 and (last or step % every == 0))
+        every, at, last = self.every[name], self.at[name], step == self.total_steps
+        if every is None:
+            return step in at or (last and not at)
+        return step in at or last or (step > 0 and step % every == 0)
 
     def steps(self, name: str, until: int) -> list[int]:
         """All steps up to `until` at which an entry is measured."""
-        entry = self.entries[name]
-        every = entry.every_n_steps or self.total_steps
-        some = {*range(every, until + 1, every), *(entry.at or ()), self.total_steps}
+        every = self.every[name] or self.total_steps
+        some = {*range(every, until + 1, every), *self.at[name], self.total_steps}
         return sorted(step for step in some if step <= until and self.due(name, step))
 
     def state(self, name: str, step: int, start: int) -> str:
         """What the files say about an evaluation that is due: done | failed | running | submitted (to Slurm) | waiting
         (for a process) | here (a run that stands at this step measures it itself) | missed (no checkpoint is there)."""
-        folder, inline = eval_folder(self.run, name, step), self.entries[name].how == "inline"
+        folder = eval_folder(self.run, name, step)
         if eval_result(folder):
             return "done"
         if (folder / "failed.json").exists():
@@ -69,7 +71,7 @@ class EvalPlan:
             return "running"
         if job_number(folder / "job"):
             return "submitted"
-        if inline:
+        if self.inline[name]:
             return "here" if step == start else "missed"
         return "waiting" if checkpoint.at_step(self.run / "checkpoints", step) else "missed"
 
@@ -80,11 +82,11 @@ class EvalPlan:
 
     def inline_at(self, step: int) -> list[str]:
         """Entries that training waits for at this step."""
-        return [name for name, entry in self.entries.items() if entry.how == "inline" and self.due(name, step)]
+        return [name for name, inline in self.inline.items() if inline and self.due(name, step)]
 
     def saved_at(self, step: int) -> list[str]:
         """Entries that want the checkpoint of this step."""
-        return [name for name, entry in self.entries.items() if entry.how != "inline" and self.due(name, step)]
+        return [name for name, inline in self.inline.items() if not inline and self.due(name, step)]
 
     def describe(self) -> str:
         """One line per entry for the first screen."""
