@@ -30,6 +30,14 @@ def test_only_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoint.best(tmp_path).name == "step-000000002"
 
 
+def test_protected_steps_are_kept_until_they_are_not(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, keep_last=1, protect={2, 3})
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{s:09d}" for s in (2, 3, 5)]
+    checkpoint.prune(tmp_path, 1, {3})
+    assert checkpoint.at_step(tmp_path, 3) and not checkpoint.at_step(tmp_path, 2)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "unfinished"])
 def test_damage_falls_back_to_the_one_before(tmp_path, damage):
     save(tmp_path, 1)

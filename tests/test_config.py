@@ -113,7 +113,7 @@ def test_shard_patterns_pass_as_typed():
         ("hydra.run.dir=x", ["'hydra.run.dir'"]),
         ("+batchsize=3", ["'batch_size'"]),
         ("~nothing", ["'nothing'"]),
-        ("eval.x=1", ["eval takes no keys"]),
+        ("eval.x=1", ["eval.linear.every_n_steps"]),
         ("objective=mea", ["'mea'", "'mae'"]),
         ("backbone=vit_bb", ["'vit_b'", "convnext_tiny"]),
         ("backbone=resnet50", ["backbone=timm backbone.name=resnet50"]),

@@ -97,6 +97,57 @@ def test_points_stay_inside_the_axes(tmp_path):
             assert 0 < x < width and show._TOP <= y < height
 
 
+def probed(path, top1, protocol="by k-NN", test="scenes"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"probe": "knn", "top1": top1, "standard_error": 1.25, "step": 40, "protocol": protocol, "image_size": 64,
+             "n_bank": 10, "n_query": 5, "data": {"train": "scenes", "test": test}}  # fmt: skip
+    path.write_text(json.dumps(facts))
+    return path
+
+
+def test_numbers_of_probes_stand_in_a_second_table_with_their_errors(tmp_path, capsys):
+    for name, top1 in (("a", 50.0), ("b", 60.0)):
+        probed(finished(tmp_path / name) / "probes" / "knn.json", top1)
+    probed(tmp_path / "b" / "probes" / "best" / "knn.json", 61.0)
+    found = shown(tmp_path, tmp_path / "a", tmp_path / "b")
+    text = capsys.readouterr().out.split("probe, %")[1]
+    assert text.splitlines()[0].split() == ["best/knn", "knn"]
+    rows = [line.split()[1:] for line in text.splitlines()[1:3]]
+    assert rows == [["-", "50.0", "±1.2", "@40"], ["61.0", "±1.2", "@40", "60.0", "±1.2", "@40"]]
+    assert "not comparable" not in text
+    assert found[1]["probes"]["knn"] == {"top1": 60.0, "standard_error": 1.25}
+
+
+@pytest.mark.parametrize("other", [{"protocol": "by a vote"}, {"test": "photographs"}])
+def test_numbers_that_were_measured_differently_carry_letters(tmp_path, capsys, other):
+    probed(finished(tmp_path / "a") / "probes" / "knn.json", 50.0)
+    probed(finished(tmp_path / "b") / "probes" / "knn.json", 60.0, **other)
+    probed(finished(tmp_path / "c") / "probes" / "knn.json", 70.0)
+    shown(tmp_path, *(tmp_path / name for name in "abc"))
+    text = capsys.readouterr().out.split("probe, %")[1]
+    assert [line.split()[-1] for line in text.splitlines()[1:4]] == ["a", "b", "a"]
+    notes = text.split("not comparable across letters")[1]
+    assert "(knn)" in notes and next(iter(other.values())) in notes.split("\n  b  ")[1]
+
+
+def test_json_files_of_probes_are_compared_like_runs(tmp_path, capsys):
+    one, two = (probed(tmp_path / name / "knn.json", 50.0, words) for name, words in (("x", "by k-NN"), ("y", "else")))
+    found = shown(tmp_path, one, two)
+    assert [row["probes"]["knn"]["top1"] for row in found] == [50.0, 50.0]
+    text = capsys.readouterr().out
+    assert "not comparable across letters" in text and not (tmp_path / "c.svg").exists()
+
+
+def test_evaluations_during_training_have_a_panel_each(tmp_path):
+    for name in "ab":
+        run = make_run(tmp_path / name)
+        (run / "evals").mkdir()
+        (run / "evals" / "linear.csv").write_text("step,images,top1,standard_error\n10,80,20.0,1\n20,160,30.0,1\n")
+    shown(tmp_path, tmp_path / "a", tmp_path / "b")
+    text = (tmp_path / "c.svg").read_text()
+    assert text.count("<polyline") == 6 and "linear, top-1 % over images seen" in text
+
+
 def test_default_picture_is_in_the_current_folder(tmp_path, monkeypatch, capsys):
     run = finished(tmp_path / "runs" / "a")
     monkeypatch.chdir(tmp_path)

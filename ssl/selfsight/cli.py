@@ -59,6 +59,7 @@ machine      trainer.devices= trainer.num_nodes= trainer.accelerator= trainer.pr
              trainer.compile= trainer.max_batch_per_device=   deterministic= (data | exact)
 run folder   run_dir=   checkpoint.every_n_steps=   checkpoint.keep_last=   allow_change=
              log_every_n_steps=   knn.every_n_steps= (0 = off)   logger= {logger}
+on the way   eval.<name>.every_n_steps= | .at=[1000,5000]   eval.<name>.probe=   .how= process | inline | slurm
 """
 
 HELP = {
@@ -167,9 +168,10 @@ data.train= data.val=   shard patterns
 data.index_dir=         where the side-cars go when the data folder is read-only
 """,
     "show": """\
-Print the summaries of run folders side by side.
+Print the summaries of run folders side by side, and what probes have found; curves go to show.svg (out=).
 
   {call} runs/*
+  {call} runs/a/probes/knn.json runs/b/probes/knn.json
   {call} analysis --help                                  what goes on inside one backbone
 """,
     "show analysis": """\

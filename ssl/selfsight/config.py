@@ -61,6 +61,11 @@ def load(command: str, overrides: list[str]) -> DictConfig:
     choices, values = _split(command, overrides, known)
     chosen = tuple(f"{group}={name}" for group, name in choices.items() if name != "null")
     cfg = copy.deepcopy(_compose(command, chosen))
+    entries = {}
+    if "eval" in cfg:
+        from .eval_entries import compose_entries  # which loads each entry by this function
+
+        entries, cfg.eval = compose_entries(cfg.eval, values), {}
     if given := [k for k in DURATIONS if k in cfg and values.get(k) not in (None, "null")]:
         _one_duration(given)
         for k in DURATIONS:  # the command line's duration replaces the experiment's, whatever its unit
@@ -73,6 +78,8 @@ def load(command: str, overrides: list[str]) -> DictConfig:
     try:
         _apply_rules(cfg)
         _check(command, cfg)
+        if entries:
+            cfg.eval = entries
         cfg = resolve(cfg) if command in ("train", "bench") else cfg
         OmegaConf.resolve(cfg)  # last, so that ${image_size} means the value that was filled in
     except (OmegaConfBaseException, RecursionError) as error:
@@ -134,6 +141,8 @@ def _compose(command: str, chosen: tuple[str, ...]) -> DictConfig:
             parts[group] = schema[raw[group]["name"]]() if isinstance(schema, dict) else schema()
     cfg = OmegaConf.structured(COMMANDS[command](**parts))
     OmegaConf.set_struct(cfg, True)
+    if "eval" in cfg:
+        cfg.eval = raw.pop("eval")  # plain, until `load` has the words of the command line as well
     for key, value in _flatten(raw):
         _assign(cfg, key, value, known)
     if sum(cfg.get(k) is not None for k in DURATIONS if k in cfg) > 1:
@@ -290,6 +299,8 @@ def _check(command: str, cfg: DictConfig) -> None:
         raise ConfigError(f"{command} needs out=, the folder to write, for example out=my-{command}")
     if command == "prepare":
         _check_prepare(cfg)
+    if command == "eval":
+        _check_eval(cfg)
     if "data" in cfg and cfg.data is not None:
         _check_data(cfg.data)
     if command == "doctor" and cfg.data is not None and cfg.data.name == "scenes":
@@ -337,6 +348,18 @@ def _check_prepare(cfg: DictConfig) -> None:
     if cfg.kind != "scenes" and not cfg.source:
         example = {"folder": "/d/images", "list": "/d/paths.txt", "shards": "'/d/in-{000..099}.tar'"}[cfg.kind]
         raise ConfigError(f"prepare kind={cfg.kind} needs source=, for example source={example}")
+
+
+def _check_eval(entry: DictConfig) -> None:
+    if entry.how == "inline":
+        if given := [k for k in ("device", "threads") if entry[k] is not None]:
+            raise ConfigError(
+                f"{given[0]} is for how=process, and how=inline runs where the training does: leave it out"
+            )
+        if entry.probe.get("masks", "none") != "none":
+            raise ConfigError("probe.masks needs a checkpoint to look through: use how=process")
+    if entry.sbatch and entry.how != "slurm":
+        raise ConfigError(f"sbatch is for how=slurm, and this is how={entry.how}: leave it out")
 
 
 def _check_data(data: DictConfig) -> None:

@@ -108,14 +108,14 @@ def numbers(default: list[float] | None, count: int | None, low: float, high: fl
     )
 
 
-def counts(default: list[int], low: int = 1) -> Any:
+def counts(default: list[int] | None, low: int = 1) -> Any:
     """Whole numbers of at least `low`; one alone may stand without brackets."""
 
     def parse(values: Any) -> list[int]:
         found = [int(v) for v in _listed(values)]
         return _require(found and min(found) >= low and len(set(found)) == len(found), found)
 
-    return _field(default, f"one or several whole numbers of at least {low} such as {default}", parse)
+    return _field(default, f"one or several whole numbers of at least {low} such as {default or [1000, 5000]}", parse)
 
 
 def some(default: list[float], low: float) -> Any:
@@ -185,6 +185,24 @@ def _step(v: Any) -> Any:
 def kept_step() -> Any:
     """Which checkpoint of a run folder."""
     return _field("last", "last, best or the number of a kept step", _step)
+
+
+def device(default: str | None) -> Any:
+    """A device of this machine."""
+
+    def parse(v: Any) -> Any:
+        return _require(bool(re.fullmatch(r"auto|cpu|gpu|cuda(:\d+)?|mps", str(v))), v)
+
+    return _field(default, "one of auto, cpu, gpu, cuda, cuda:<number>, mps", parse)
+
+
+def dashed() -> Any:
+    """Options of another command, each with its dashes."""
+
+    def parse(values: Any) -> list[str]:
+        return [_require(str(v).startswith("-"), str(v)) for v in _listed(values)]
+
+    return _field([], "options such as [--partition=gpu, --time=1:00:00]", parse)
 
 
 # --- schema ------------------------------------------------------------------------------------------------------
@@ -607,6 +625,7 @@ class BankConfig:
     dtype: str = one_of("float32", "float32", "float16")
     precision: str = one_of("32-true", "32-true", "bf16-mixed", "16-mixed")
     channels_last: bool = False
+    keep: bool = True
 
 
 @dataclasses.dataclass
@@ -673,18 +692,16 @@ class Bench(Train):
 
 
 @dataclasses.dataclass
-class Probe:
+class Judged:
+    """What the probe command and an entry of `eval` have in common: how a frozen backbone is judged."""
+
     probe: Any = None
     data: Any = None
-    checkpoint: str | None = None
-    step: Any = kept_step()
     which: str | None = one_of(None, "student", "teacher")
     image_size: int | None = integer(None, 8)
     batch_size: int = integer(256)
     num_workers: int | None = integer(None, 0)
     seed: int = integer(0, 0)
-    out: str | None = None
-    device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
     bank: BankConfig = dataclasses.field(default_factory=BankConfig)
 
 
@@ -713,8 +730,29 @@ class Table:
     num_workers: int | None = integer(None, 0)
     seed: int = integer(0, 0)
     out: str | None = None
-    device: str = one_of("auto", "auto", "cpu", "gpu", "cuda", "mps")
+    device: str = device("auto")
     bank: BankConfig = dataclasses.field(default_factory=BankConfig)
+
+
+@dataclasses.dataclass
+class Probe(Judged):
+    checkpoint: str | None = None
+    step: Any = kept_step()
+    out: str | None = None
+    device: str = device("auto")
+
+
+@dataclasses.dataclass
+class Eval(Judged):
+    """One entry of `eval` in a training: when and how as well."""
+
+    every_n_steps: int | None = integer(None)
+    at: Any = counts(None)
+    how: str = one_of("process", "inline", "process", "slurm")
+    device: str | None = device(None)
+    threads: int | None = integer(None)
+    max_running: int = integer(1)
+    sbatch: Any = dashed()
 
 
 @dataclasses.dataclass
@@ -798,6 +836,7 @@ COMMANDS = {
     "bench": Bench,
     "probe": Probe,
     "table": Table,
+    "eval": Eval,
     "export": Export,
     "prepare": Prepare,
     "proposals": Proposals,
@@ -839,7 +878,7 @@ DURATIONS = ("max_steps", "max_epochs", "max_images")
 # The recipe and the backbone's decoder are defaults: what they led to stands in the keys that they filled.
 NOT_IN_RESULT = (
     *("run_dir", "allow_change", "num_workers", "log_every_n_steps", "trainer", "logger", "launcher"),
-    *("checkpoint", "knn", "pictures", "objective.recipe", "backbone.decoder", "backbone.local_size"),
+    *("checkpoint", "knn", "pictures", "eval", "objective.recipe", "backbone.decoder", "backbone.local_size"),
     *("backbone.context_size", "backbone.exemplar_size"),
     *("data.max_bad_fraction", "data.index_dir"),
 )

@@ -1,4 +1,7 @@
-"""`selfsight show runs/*`: run folders side by side, as a table and as curves (`show.svg`)."""
+"""`selfsight show runs/*`: run folders side by side, as tables and as curves (`show.svg`).
+
+JSON files of probes may be named as well: they are rows of the second table.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import config
+from .results import read_result
+from .show_probes import Cells, curves_of, probe_table, probes_of
 from .training.log import count, read_metrics
 
 FILES = ("config.yaml", "summary.json", "metrics.csv")  # any of them makes a folder a run folder
@@ -31,29 +36,43 @@ class Run(NamedTuple):
     numbers: dict[str, Any]
     loss: Points
     knn: Points
+    probes: Cells  # numbers by column of the second table
+    evals: dict[str, Points]  # curves of the evaluations during training, by title
 
 
 def show(cfg: Any) -> list[dict[str, Any]]:
-    """Print the table of the run folders `cfg.runs` and write their curves to `cfg.out` (default show.svg).
+    """Print the tables of the run folders `cfg.runs` and write their curves to `cfg.out` (default show.svg).
 
-    Returns the numbers of each run. Raises ShowError for a folder that is not there or holds no run; entries of a
-    pattern like runs/* that are no runs are left out as long as one is.
+    Returns the numbers of each run and each JSON file; "probes" are those of the second table. Raises ShowError for a
+    folder that is not there or holds no run; entries of a pattern like runs/* that are no runs are left out as long as
+    one is.
     """
     out = Path(cfg.get("out") or "show.svg")
     if out.suffix != ".svg":
         raise ShowError(f"out={out} does not end in .svg, the format of the curves")
-    folders = [_existing(Path(name)) for name in cfg.runs]
+    named = [_existing(Path(name)) for name in cfg.runs]
+    files = {str(path): {path.stem: found} for path in named if path.is_file() and (found := read_result(path))}
+    folders = [path for path in named if str(path) not in files]
     others = [folder for folder in folders if not _is_run(folder)]
-    if len(others) == len(folders):
+    if len(others) == len(folders) and not files:
         raise ShowError(f"{others[0]} is no run folder: it holds none of {', '.join(FILES)}{_near(others[0])}")
     runs = [read_run(folder) for folder in folders if folder not in others]
-    print(table(runs))
+    tables = [table(runs) if runs else "", probe_table({str(run.folder): run.probes for run in runs} | files)]
+    print("\n\n".join(filter(None, tables)))
     if others:
         print(f"\nleft out, no run folders: {', '.join(map(str, others))}")
-    if any(run.loss or run.knn for run in runs):
+    if any(run.loss or run.knn or run.evals for run in runs):
         out.write_text(curves(runs), encoding="utf-8")
         print(f"\ncurves: {out}")
-    return [{"run": str(run.folder), "status": run.status, **run.numbers} for run in runs]
+    return [{"run": str(run.folder), "status": run.status, **run.numbers, **_probed(run.probes)} for run in runs] + [
+        {"file": name, **_probed(cells)} for name, cells in files.items()
+    ]
+
+
+def _probed(cells: Cells) -> dict[str, Any]:
+    if not cells:
+        return {}
+    return {"probes": {c: {r.metric: r.value, "standard_error": r.error} for c, r in cells.items()}}
 
 
 # ---- reading -------------------------------------------------------------------------------------------------
@@ -89,7 +108,7 @@ def read_run(folder: Path) -> Run:
     numbers = {key: (cfg.get(key) or {}).get("name") for key in ("objective", "backbone", "data")}
     numbers |= summary or _so_far(rows, loss, knn)
     status = "done" if summary is not None else _unfinished(folder, rows, cfg)
-    return Run(folder, status, numbers, loss, knn)
+    return Run(folder, status, numbers, loss, knn, probes_of(folder), curves_of(folder))
 
 
 def _summary(path: Path) -> dict[str, Any] | None:
@@ -185,8 +204,10 @@ _WIDTH, _HEIGHT, _LEFT, _TOP = 430, 260, 60, 40
 
 
 def curves(runs: Sequence[Run]) -> str:
-    """An SVG picture: k-NN and loss over images seen, one colour per run; a panel without numbers is left out."""
+    """An SVG picture: k-NN, loss and evaluations over images seen, one colour per run; a panel without numbers is left
+    out."""
     panels = [("k-NN, %", [r.knn for r in runs]), ("loss", [r.loss for r in runs])]
+    panels += [(title, [r.evals.get(title, []) for r in runs]) for title in sorted({t for r in runs for t in r.evals})]
     panels = [(title, lines) for title, lines in panels if any(lines)]
     width = len(panels) * (_WIDTH + _LEFT + 20) + 20
     height = _TOP + _HEIGHT + 50 + 18 * len(runs)
@@ -220,7 +241,7 @@ def _panel(title: str, lines: Sequence[Points], left: float) -> list[str]:
         down = _TOP + _HEIGHT * (1 - (y - y_low) / (y_high - y_low))
         return left + _WIDTH * (x - x_low) / (x_high - x_low), down
 
-    parts = [f'<text x="{left}" y="{_TOP - 14}" font-weight="bold">{title} over images seen</text>']
+    parts = [f'<text x="{left}" y="{_TOP - 14}" font-weight="bold">{escape(title)} over images seen</text>']
     for tick in y_ticks:
         x, y = at(x_low, tick)
         parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{x + _WIDTH:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')

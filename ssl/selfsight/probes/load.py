@@ -121,8 +121,10 @@ def choose_device(word: str) -> torch.device:
     """The device of a `device=` word; ProbeError if it is not here."""
     if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if word in ("gpu", "cuda") and not torch.cuda.is_available():
+    if word.startswith(("gpu", "cuda")) and not torch.cuda.is_available():
         raise ProbeError(f"device={word}, but torch finds no GPU here; use device=cpu or device=auto")
+    if word.startswith("cuda:") and int(word[5:]) >= (count := torch.cuda.device_count()):
+        raise ProbeError(f"device={word}, but torch finds {count} GPU(s) here; use cuda:0 to cuda:{count - 1}")
     return torch.device("cuda" if word == "gpu" else word)
 
 

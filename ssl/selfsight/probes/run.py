@@ -41,15 +41,26 @@ def probe(cfg: Any) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
     apply_protocol(cfg.probe)
-    size = cfg.image_size or (SEGMENTATION_SIZE if cfg.probe.name == "segmentation" else None)
-    loaded = load_backbone(cfg.checkpoint, cfg.which, size, cfg.step, masks=_masks(cfg))
+    loaded = load_backbone(cfg.checkpoint, cfg.which, image_size(cfg), cfg.step, masks=_masks(cfg))
     cfg.data = choose_data(cfg, loaded)
-    device = choose_device(cfg.device)
+    return probe_loaded(cfg, loaded, choose_device(cfg.device), started)
+
+
+def image_size(cfg: Any) -> int | None:
+    """The size that the config asks for; None: the checkpoint's."""
+    return cfg.image_size or (SEGMENTATION_SIZE if cfg.probe.name == "segmentation" else None)
+
+
+def probe_loaded(cfg: Any, loaded: Loaded, device: torch.device, started: float) -> dict[str, Any]:
+    """The same of a backbone that is in memory. cfg: with its data, and with its protocol applied; started: a
+    `time.monotonic()`."""
     loaded.model.to(device)
     task = Task(cfg, loaded, device)
     outcome = importlib.import_module(f".{cfg.probe.name}", __package__).run(task)
     result = _result(task, outcome, time.monotonic() - started)
     path = _write(cfg, result)
+    if (cfg.get("bank") or {}).get("keep") is False:
+        task.remove_banks()
     print(_sentence(result, path), flush=True)
     return result
 

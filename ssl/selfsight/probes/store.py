@@ -52,8 +52,10 @@ class Bank:
 
     labels int64 [n] (-1: none). key, content: uint64 hashes [n] of the sample's key and of its image's bytes.
     arrays: by `Want.name`, [n, ...], memory-mapped or not. bad: (id, sentence) of samples left out. shown: bool [n],
-    with masks only.
+    with masks only. folder: on disk, if it is there.
     """
+
+    folder: Path | None = None
 
     def __init__(self, columns, arrays, *, bad=(), depth: int = 0, describe: str = "", shown: Tensor | None = None):
         self.ids, self.part, self.key, self.content = (columns[k] for k in ("ids", "part", "key", "content"))
@@ -129,7 +131,9 @@ def stored(
             ) from error
         raise ProbeError(f"the bank of features cannot be kept in {place.root} ({error.strerror}); "
                          "use bank.folder=<a folder that can be written>") from error  # fmt: skip
-    return _open(found, list(names), plan.depth, source.describe)
+    bank = _open(found, list(names), plan.depth, source.describe)
+    bank.folder = folder
+    return bank
 
 
 def _open(found: list[tuple[Path, dict]], names: list[str], depth: int, describe: str) -> Bank:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +60,7 @@ class Task:
         self.classes = 0
         self.train: Bank | None = None
         self.test: Bank | None = None
+        self.folders: set[Path] = set()  # of banks on disk that were used
 
     def warn(self, sentence: str) -> None:
         """Say it now and keep it with the number."""
@@ -110,7 +113,16 @@ class Task:
         name = str(loaded.facts["backbone"]).replace("/", "-")
         place = Place(root, bank.get("max_gb") or Place._field_defaults["max_gb"], name)
         with frozen(plain(loaded.model, cut.size)) as model:
-            return tuple(stored(model, *split, wants, cut=cut, how=how, place=place) for split in self.splits[:2])
+            banks = tuple(stored(model, *split, wants, cut=cut, how=how, place=place) for split in self.splits[:2])
+        self.folders |= {bank.folder for bank in banks}
+        return banks
+
+    def remove_banks(self) -> None:
+        """Take the banks that were used off the disk, and their place if nothing else is in it."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
 
     def _masked(self, masks: str) -> tuple[Bank, ...]:
         loaded, cfg = self.loaded, self.cfg

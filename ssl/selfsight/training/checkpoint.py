@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -67,8 +67,10 @@ def save(
     *,
     keep_last: int = 2,
     best: bool = False,
+    protect: Collection[int] = (),
 ) -> Path:
-    """Write a checkpoint durably, then prune old ones (never the newest `keep_last` nor the best). Returns its path.
+    """Write a checkpoint durably, then prune old ones (never the newest `keep_last`, the best, nor steps in `protect`).
+    Returns its path.
 
     files: name -> tensors ("model", "optim"); meta: JSON-able. OSError leaves all earlier checkpoints as they were.
     """
@@ -98,7 +100,7 @@ def save(
     _replace_text(folder / "latest", final.name)
     if best:
         _replace_text(folder / "best", final.name)
-    _prune(folder, keep_last)
+    prune(folder, keep_last, protect)
     return final
 
 
@@ -161,8 +163,16 @@ def _finished(folder: Path) -> Iterator[tuple[int, Path]]:
                 yield int(match[1]), path
 
 
-def _prune(folder: Path, keep_last: int) -> None:
-    keep = {p.name for _, p in sorted(_finished(folder), reverse=True)[: max(1, keep_last)]}
+def at_step(folder: Path, step: int) -> Path | None:
+    """The complete checkpoint of a step, if it is there."""
+    path = folder / f"step-{step:09d}"
+    return path if (path / "MANIFEST.json").exists() else None
+
+
+def prune(folder: Path, keep_last: int, protect: Collection[int] = ()) -> None:
+    """Remove all checkpoints but the newest `keep_last`, the best, and those of the steps in `protect`."""
+    found = sorted(_finished(folder), reverse=True)
+    keep = {p.name for _, p in found[: max(1, keep_last)]} | {p.name for step, p in found if step in protect}
     if (top := best(folder)) is not None:
         keep.add(top.name)
     for _, path in list(_finished(folder)):

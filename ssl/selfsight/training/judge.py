@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..backbones.tokens import Backbone
 from ..data.source import DataError, Source
 from ..nn.global_batchnorm import reestimate
 from ..objectives.objective import Objective
+from ..probes.bank import frozen
 from ..views.photo import prepare
 from ..views.spec import Batch
 from . import pictures
@@ -52,10 +54,12 @@ class Judge:
             except DataError as error:  # training does not depend on it
                 self.describe = f"no ({error})"
 
-    def backbone(self) -> Backbone:
-        """The backbone to judge and export; see `clean`. For a stream, statistics come from the last batch."""
+    def backbone(self, which: str | None = None) -> Backbone:
+        """The backbone to judge and export (None: the default one); see `clean`. For a stream, statistics come from the
+        last batch."""
         self.module.to(self.device)
-        backbone = next(iter(self.module.objective.exports().values()))
+        exports = self.module.objective.exports()
+        backbone = exports[which or next(iter(exports))]
         fresh = self.module.step == 0 and has_batchnorm(backbone)  # zeros and ones are nobody's statistics
         if not fresh and not spoiled(self.module.objective, backbone):
             return backbone
@@ -83,6 +87,12 @@ class Judge:
         finally:
             self.module.train(training)
         return numbers
+
+    @torch.no_grad()
+    def copy(self, which: str | None = None) -> Backbone:
+        """The backbone as it is now, in eval mode: nothing that is done to it reaches the training."""
+        with frozen(self.module):
+            return copy.deepcopy(self.backbone(which)).eval()
 
     def _draw(self, backbone: Backbone, step: int) -> list[Path]:
         batch = self._prepared(range(min(PICTURE_SAMPLES, self.cfg.batch_size)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import ConfigError
 from . import checkpoint
+from .evals import Evals
 from .log import Bar, Metrics, Speed, duration, log_line
 from .module import Module
 from .optim import optimizer_state
@@ -64,6 +65,7 @@ class AfterStep(pl.Callback):
 
     def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int, bool, bool], dict[str, float]]):
         self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, None
+        self.evals: Evals | None = None  # on every process, as checkpoints are agreed on; rank 0 does the rest
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
         self.sums: dict[str, Tensor] = {}
         self.summed = 0
@@ -89,6 +91,8 @@ class AfterStep(pl.Callback):
         self.rank = trainer.global_rank
         self.metrics = Metrics(self.plan.run_dir / "metrics.csv", module.step) if self.rank == 0 else None
         self.bar = Bar(self.plan.total_steps, module.step, self.rank == 0)
+        if self.evals is not None:
+            self.evals.say = self.bar.line
         known = self.metrics.numbers("knn") if self.metrics else []
         self.best_knn = max((v for step, v in known if step > 0), default=None)
         self.known = listed(self.plan.run_dir / "skipped.jsonl")
@@ -117,8 +121,10 @@ class AfterStep(pl.Callback):
         last = step == plan.total_steps
         agreed = self.agreement.later(*self._mine(module))
         measure, draw = (n is not None and (last or step % n == 0) for n in (plan.knn_every, plan.pictures_every))
-        saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop
-        if measure or draw or saving:  # nothing irreversible before everybody has been heard
+        inline = bool(self.evals and self.evals.plan.inline_at(step))
+        wanted = bool(self.evals and self.evals.plan.saved_at(step))
+        saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop or wanted
+        if measure or draw or saving or inline:  # nothing irreversible before everybody has been heard
             agreed = self.agreement.now(*self._mine(module, wait=True))
         self.all_bad = agreed.bad
         if agreed.nonfinite:
@@ -137,11 +143,17 @@ class AfterStep(pl.Callback):
         if (measure or draw) and self.rank == 0:
             with _Pause(self.speed):
                 numbers = self.evaluate(step, measure, draw)
+        if inline and self.rank == 0:
+            with _Pause(self.speed):
+                self.evals.inline(step)
         if measure or step % plan.log_every == 0 or last:
             self._log(trainer, module, numbers)
         if saving or self._is_best(numbers):
             with _Pause(self.speed):
                 self._save(trainer, module, self._is_best(numbers), last or bool(agreed.stop))
+        if self.evals and self.rank == 0 and (last or not agreed.stop):
+            with _Pause(self.speed):
+                self.evals.after_step(step)
         if agreed.stop and not last:
             code = 128 + (self.flag.signal or 15)
             self._stop(trainer, f"stopped by a signal at step {step}; the same command continues from here", code)
@@ -266,8 +278,9 @@ class AfterStep(pl.Callback):
             "knn": knn,
         }
         folder = plan.run_dir / "checkpoints"
+        keep = {"keep_last": plan.keep_last, "protect": self.evals.needed() if self.evals else ()}
         try:
-            checkpoint.save(folder, module.step, files, meta, keep_last=plan.keep_last, best=is_best)
+            checkpoint.save(folder, module.step, files, meta, best=is_best, **keep)
             self.failed_saves, self.best_knn = 0, knn if is_best else self.best_knn
         except OSError as error:  # a full disk must not end a run whose earlier checkpoints stand
             self.failed_saves += 1

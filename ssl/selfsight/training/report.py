@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..results import METRICS, eval_names
 from .log import duration, read_metrics
 
 WIDTH, HEIGHT = 520, 240  # of a chart, in its own units; the page scales it
@@ -82,7 +83,7 @@ class Series(NamedTuple):
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `<run_dir>/report.html` from whatever is there: config.yaml, metrics.csv, summary.json, pictures/."""
+    """Write `<run_dir>/report.html` from what is there: config.yaml, metrics.csv, evals/, summary.json, pictures/."""
     run_dir = Path(run_dir)
     summary = _read_json(run_dir / "summary.json")
     config = (run_dir / "config.yaml").read_text() if (run_dir / "config.yaml").exists() else ""
@@ -93,6 +94,7 @@ def write_report(run_dir: Path) -> Path:
         f"<h1>{escape(title)}</h1><p class='sub'>{escape(_subtitle(run_dir, summary, rows))}</p>",
         _tiles(summary),
         _section("Curves", _charts(rows, summary)),
+        _section("Evaluations", _evaluations(run_dir)),
         _section("Pictures", _pictures(run_dir / "pictures")),
         _section("Summary", _summary(summary)),
         _section("Configuration", _folded("The resolved configuration", config)),
@@ -147,6 +149,22 @@ def _charts(rows: Sequence[dict[str, str]], summary: dict[str, Any]) -> str:
         small = ", ".join(w for w in (unit, words) if w)
         heading = f"<h3>{escape(title)} <span class='unit'>{escape(small)}</span></h3>"
         charts.append(f"<div class='chart'>{heading}{chart(series, title)}</div>")
+    return f"<div class='charts'>{''.join(charts)}</div>" if charts else ""
+
+
+def _evaluations(run_dir: Path) -> str:
+    """The curves of `evals/*.csv`, with the standard error of the last number."""
+    charts = []
+    for name in eval_names(run_dir):
+        rows = read_metrics(run_dir / "evals" / f"{name}.csv")
+        for metric, word in METRICS.items():
+            points = [(float(r["step"]), v) for r in rows if (v := _number(r.get(metric))) is not None]
+            if not points:
+                continue
+            error = _number(rows[-1].get("standard_error"))
+            small = f"{word}, %; {points[-1][1]:.2f}{f' ± {error:.2f}' if error is not None else ''} at the last"
+            heading = f"<h3>{escape(name)} <span class='unit'>{escape(small)}</span></h3>"
+            charts.append(f"<div class='chart'>{heading}{chart(Series(_thin(points), {}), f'{name} {word}')}</div>")
     return f"<div class='charts'>{''.join(charts)}</div>" if charts else ""
 
 

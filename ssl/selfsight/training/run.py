@@ -28,6 +28,8 @@ from ..data.stream import Stream
 from ..objectives import build_objective
 from ..objectives.objective import Objective
 from . import checkpoint, provenance
+from .eval_plan import EvalPlan
+from .evals import Evals
 from .flops import peak_flops, step_flops_per_image
 from .judge import Judge
 from .lightning import make_trainer, precision_of
@@ -63,7 +65,7 @@ class Run:
         self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
         self._refuse_other_run()
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
-            build_objective(cfg, total_steps=1, steps_per_epoch=1)
+            exports = list(build_objective(cfg, total_steps=1, steps_per_epoch=1).exports())
         self.source = self._open()
         self.val = open_source(cfg.data, "val")
         self.streaming = isinstance(self.source, Stream)
@@ -77,6 +79,9 @@ class Run:
                 f"{self.dir} is already at step {self.start}, beyond the {self.total_steps} that are asked for: "
                 "give a longer duration, or another run_dir"
             )
+        self.evals = Evals(EvalPlan(cfg, self.total_steps)) if cfg.eval else None
+        if self.evals is not None:
+            self.evals.plan.check(exports)
         self.mean, self.std = self._normalisation()
 
     # -- what the run is -----------------------------------------------------------------------------------------
@@ -163,13 +168,28 @@ class Run:
 
     def done(self) -> bool:
         """Trained, exported and reported; a run that was ended in between does the rest."""
-        return self.start >= self.total_steps and all((self.dir / f).exists() for f in ("summary.json", "report.html"))
+        written = all((self.dir / f).exists() for f in ("summary.json", "report.html"))
+        to_do = self.evals is not None and self.evals.plan.left(self.start)
+        return self.start >= self.total_steps and written and not to_do
 
     def report_done(self) -> dict:
         summary = json.loads((self.dir / "summary.json").read_text())
         if self.rank == 0:
+            summary = self._late(summary)
             print(f"This run is finished ({self.start} steps); choose another run_dir= or seed= to train again.\n")
             print(closing_table(summary, self.dir))
+        return summary
+
+    def _late(self, summary: dict) -> dict:
+        """Take in what jobs have measured since the run ended."""
+        if self.evals is None:
+            return summary
+        self.evals.take_up(self.start)
+        self.evals.collect()
+        if self.evals.summary() != summary.get("evals"):
+            summary = summary | {"evals": self.evals.summary()}
+            checkpoint.prune(self.dir / "checkpoints", self.cfg.checkpoint.keep_last, self.evals.needed())
+            self._write(summary)
         return summary
 
     # -- running -------------------------------------------------------------------------------------------------
@@ -184,6 +204,8 @@ class Run:
             code = ended.code
             raise
         finally:
+            if self.evals is not None and self.rank == 0:
+                self.evals.close()
             if self.sink is not None:
                 self.sink.finish(code)
 
@@ -201,6 +223,7 @@ class Run:
         plan = self._plan()
         plan.seconds_before = meta.get("seconds", 0.0)
         after = AfterStep(plan, self.flag, self._evaluate)
+        after.evals = self.evals
         trainer = make_trainer(cfg, [after])
         world, device = trainer.world_size, trainer.strategy.root_device
         plan.micro_batches = micro_batches(cfg.batch_size, world, cfg.trainer.max_batch_per_device)
@@ -292,6 +315,18 @@ class Run:
             print(f"  judged      every {plan.knn_every:,} steps: {self.judge.describe}", flush=True)
         if self.start == 0:
             self._untrained(bool(plan.knn_every), bool(plan.pictures_every))
+        if self.evals is not None:
+            self._begin_evals()
+
+    def _begin_evals(self) -> None:
+        """Say what will be evaluated, and go on where an earlier session stopped."""
+        evals = self.evals
+        print(evals.plan.describe(), flush=True)
+        evals.judge = self.judge
+        if self.sink is not None:
+            evals.log = self.sink.evaluation
+        evals.take_up(self.start)
+        evals.inline(self.start)
 
     def _objects(self) -> str:
         """What an objective that asks for objects does without any."""
@@ -329,7 +364,6 @@ class Run:
 
     def _finish(self, world: int, device: torch.device, seconds: float) -> dict:
         from ..interop.export import export_backbone
-        from .report import write_report
 
         cfg = self.cfg
         images = self.total_steps * cfg.batch_size
@@ -348,12 +382,22 @@ class Run:
                 "batch_size": cfg.batch_size,
             },
         )  # fmt: skip
+        if self.evals is not None:
+            self.evals.wait()
+            summary |= {"evals": self.evals.summary()}
+            checkpoint.prune(self.dir / "checkpoints", cfg.checkpoint.keep_last, self.evals.needed())
+        self._write(summary)
+        print("\n" + closing_table(summary, self.dir), flush=True)
+        return summary
+
+    def _write(self, summary: dict) -> None:
+        """summary.json, and the page that shows it."""
+        from .report import write_report
+
         tmp = self.dir / "summary.tmp"
         tmp.write_text(json.dumps(summary, indent=1) + "\n")
         tmp.replace(self.dir / "summary.json")
         write_report(self.dir)
-        print("\n" + closing_table(summary, self.dir), flush=True)
-        return summary
 
 
 def workers_for(wanted: int | None, local_world: int, on_gpu: bool) -> int:

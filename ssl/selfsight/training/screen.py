@@ -122,6 +122,11 @@ def closing_table(summary: dict, run_dir: Path) -> str:
         ("images per second", show("images_per_second", "{:,.0f}")),
         ("time", duration(summary.get("seconds") or 0)),
     ]
+    for name, found in (summary.get("evals") or {}).items():
+        if "last" in found:
+            rows.append((f"{name} ({found['metric']} at step {found['last_step']})", f"{found['last']:.1f} %"))
+        if failed := found.get("failed"):
+            rows.append((f"{name}, failed (see evals/)", f"{len(failed)}"))
     if summary.get("bad_samples"):
         rows.append(("bad samples skipped", show("bad_samples", "{:,}")))
     width = max(len(name) for name, _ in rows)

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from omegaconf import OmegaConf
 
 from ..config import ConfigError
+from ..results import Result
 
 
 def logged_in() -> bool:
@@ -40,6 +41,7 @@ class WandB:
                 f"logger=wandb needs the wandb package ({error}): pip install wandb, or use logger=csv"
             ) from None
         self.wandb, self.failed, self.run = wandb, False, None
+        self.evals: set[str] = set()  # whose axis is known
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
@@ -69,6 +71,20 @@ class WandB:
     def log(self, row: dict[str, Any], step: int) -> None:
         """Numbers of a step; steps must not go back."""
         self._try(lambda: self.run.log(row, step=step))
+
+    def evaluation(self, name: str, result: Result, step: int, now: int) -> None:
+        """A number of `eval`; it may come in many steps after the checkpoint that it judges, so it has an axis of its
+        own."""
+
+        def log() -> None:
+            if name not in self.evals:
+                self.evals.add(name)
+                self.run.define_metric(f"eval/{name}/step", hidden=True)
+                self.run.define_metric(f"eval/{name}/*", step_metric=f"eval/{name}/step")
+            row = {"step": step, result.metric: result.value, "standard_error": result.error}
+            self.run.log({f"eval/{name}/{k}": v for k, v in row.items() if v is not None}, step=now)
+
+        self._try(log)
 
     def pictures(self, paths: list[Path], step: int) -> None:
         """PNG files of a step, under their names without the step."""
