@@ -41,7 +41,6 @@ tags:
 ---
 # {title}
 
-A `{architecture}` backbone, pretrained without labels by selfsight.
 {kind}
 
 ## Load it in four lines
@@ -67,10 +66,13 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
 """
 
-_FEATURES = {"kind": "It has no classifier: it turns images into features.", "output": "features", "other": 10,
-             "head": "adds a fresh classifier"}  # fmt: skip
-_CLASSIFIER = {"kind": "It was then fine-tuned with labels and has a classifier.", "output": "logits", "other": 0,
-               "head": "leaves the classifier out"}  # fmt: skip
+_FEATURES = {
+    "kind": "A `{architecture}` backbone, pretrained without labels by selfsight.\n"
+            "It has no classifier: it turns images into features.",
+    "output": "features", "other": 10, "head": "adds a fresh classifier",
+}  # fmt: skip
+_CLASSIFIER = {"kind": "A `{architecture}` classifier, fine-tuned with labels by selfsight.", "output": "logits",
+               "other": 0, "head": "leaves the classifier out"}  # fmt: skip
 
 
 def _cell(value: Any) -> str:
@@ -107,11 +109,11 @@ def write_card(config: Mapping[str, Any], card: Mapping[str, Any], out: str) -> 
     title = " · ".join(str(card[k]) for k in ("objective", "backbone") if card.get(k)) or config["architecture"]
     classes = config["num_classes"]
     resize = ", `img_size=…` another input size" if pretrained["fixed_input_size"] else ""
+    words = _CLASSIFIER if classes else _FEATURES
     return TEMPLATE.format(
         title=title,
-        architecture=config["architecture"],
+        **words | {"kind": words["kind"].format(architecture=config["architecture"])},
         out=out,
-        **(_CLASSIFIER if classes else _FEATURES),
         width=classes or config["num_features"],
         resize=resize,
         rows=table(card),

@@ -15,7 +15,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,17 +174,18 @@ def _identity(task: Task, train: Bank, test: Bank) -> str:
 @contextlib.contextmanager
 def _working_in(folder: Path, task: Task) -> Iterator[None]:
     """The folder of an unfinished run, for one process at a time; errors of disk and memory as sentences."""
+    new = not folder.parent.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as file:
+            _lock(file, folder)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ProbeError(f"another process is fine-tuning the same in {folder}; wait for it") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):  # a file system without locks
-                    raise
-            yield
+                yield
+            except ProbeError:  # the same would come of it again
+                shutil.rmtree(folder, ignore_errors=True)
+                if new:
+                    folder.parent.rmdir()
+                raise
     except OSError as error:
         why = "the disk is full" if error.errno in FULL else error.strerror or str(error)
         raise ProbeError(f"fine-tuning cannot keep its state in {folder} ({why}); what was saved before stands, and "
@@ -193,6 +194,17 @@ def _working_in(folder: Path, task: Task) -> Iterator[None]:
         batch = task.settings.max_batch or task.settings.batch_size
         raise ProbeError(f"{batch} images at once do not fit into the memory of the GPU; use "
                          f"probe.max_batch={max(1, batch // 2)} (the batch stays the same)") from error  # fmt: skip
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    """ProbeError if another process holds it; the lock goes with the process, however that ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ProbeError(f"another process is fine-tuning the same in {folder}; wait for it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):  # a file system without locks
+            raise
 
 
 def _save(task: Task, model: nn.Module, folder: Path, top1: float) -> None:

@@ -16,7 +16,7 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
 class Published(NamedTuple):
     """prefixes: of timm's architectures. every: values of all sizes; sizes: by the width of the last feature, in rising
-    order, the word for it and its own values."""
+    order, timm's word for it and its own values."""
 
     prefixes: tuple[str, ...]
     every: dict[str, Any]
@@ -38,9 +38,9 @@ PUBLISHED = {
         ("vit_", "deit_", "deit3_"),
         _STRONG | {"pool": "avg", "batch_size": 1024, "weight_decay": 0.05, "grouping": "single", "ema": None},
         {
-            768: ("B", _own(100, 5, 5e-4, 0.65, 0.1)),
-            1024: ("L", _own(50, 5, 1e-3, 0.75, 0.2)),
-            1280: ("H", _own(50, 5, 1e-3, 0.75, 0.3)),
+            768: ("base", _own(100, 5, 5e-4, 0.65, 0.1)),
+            1024: ("large", _own(50, 5, 1e-3, 0.75, 0.2)),
+            1280: ("huge", _own(50, 5, 1e-3, 0.75, 0.3)),
         },
     ),
     "convnextv2_finetune": Published(
@@ -58,16 +58,16 @@ PUBLISHED = {
         _STRONG | {"cutmix": 0.0, "augment": "trivial", "repeats": 3, "batch_size": 4096, "grouping": "group",
                    "ema": 0.9999, "warmup_start": 0.005},
         {
-            768: ("S", _own(400, 20, 2e-4, 0.7, 0.3, weight_decay=0.01, min_lr=3.2e-6)),
-            1024: ("B", _own(400, 20, 1e-4, 0.7, 0.4, weight_decay=0.01, min_lr=1.6e-6)),
-            1536: ("L", _own(200, 10, 1e-4, 0.7, 0.5, weight_decay=0.02, min_lr=1.6e-6)),
+            768: ("small", _own(400, 20, 2e-4, 0.7, 0.3, weight_decay=0.01, min_lr=3.2e-6)),
+            1024: ("base", _own(400, 20, 1e-4, 0.7, 0.4, weight_decay=0.01, min_lr=1.6e-6)),
+            1536: ("large", _own(200, 10, 1e-4, 0.7, 0.5, weight_decay=0.02, min_lr=1.6e-6)),
         },
     ),
 }  # fmt: skip
 
 
 def published(name: str, architecture: str, width: int) -> tuple[dict[str, Any], str, bool]:
-    """Values of a recipe for a model, the word for their size, and whether that is the model's own size.
+    """Values of a recipe for a model, the word for their size, and whether they were published for that very model.
 
     width: of the model's last feature. A size that was not published takes the values of the next smaller one that was,
     or of the smallest. ProbeError for another kind of model.
@@ -79,4 +79,4 @@ def published(name: str, architecture: str, width: int) -> tuple[dict[str, Any],
     below = [w for w in recipe.sizes if w <= width]
     at = max(below) if below else min(recipe.sizes)
     word, own = recipe.sizes[at]
-    return recipe.every | own, word, at == width
+    return recipe.every | own, word, at == width and word in architecture.split("_")

@@ -89,6 +89,9 @@ class Judge:
         self.bad = []
         for part in batches(self.source, self.ids, *options, len(loaded.mean)):
             self.bad += part.bad
+            if len(self.bad) > (limit := max(8, len(self.ids) // 100)):
+                raise ProbeError(f"{len(self.bad)} of {len(self.ids):,} images to score on cannot be decoded (limit "
+                                 f"{limit}), e.g. {self.bad[-1][1]}")  # fmt: skip
             if len(part.labels):
                 found += [part] if self.keep else []
                 yield part
