@@ -85,7 +85,7 @@ seconds=5    how long each part is measured; all keys of a training run apply:
 """
     + TRAIN_KEYS,
     "probe": """\
-Accuracy (segmentation: mIoU) of a frozen backbone; writes <out>/<probe>.json.
+Accuracy (segmentation: mIoU) of a frozen backbone, or of a fine-tuned one; writes <out>/<probe>.json.
 
   {call} checkpoint=runs/my-run step=best
   {call} checkpoint=runs/my-run probe=linear data=folder data.root=/d/train data.root_val=/d/val
@@ -95,6 +95,7 @@ what         checkpoint=  run folder, export folder, or the name of a timm model
              step= last | best | <number>   which checkpoint of a run folder          which= student | teacher
 how          probe=       {probe}
              probe.k=[10,20]   probe.masks=   probe.lrs=[0.1,0.3]   probe.epochs=   probe.protocol=
+             fine-tuning: probe.layer_decays=   probe.mixup=   probe.max_batch=   probe.save=
 data         data=        {data}   (left out: what the run was trained on)
              data.train= data.val= data.root= data.root_val=
              image_size=  batch_size=  num_workers=  seed=  device=

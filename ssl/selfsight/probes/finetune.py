@@ -51,6 +51,7 @@ class Choice(NamedTuple):
 def run(task: Task) -> Outcome:
     """Choose, train once per seed, score the last epoch on test."""
     p = task.settings
+    task.loaded.model.cpu()  # a device has enough to do with the copy that is trained
     size = _apply_published(task)
     _check(task)
     saved = _saved_folder(task) if p.save else None
