@@ -419,9 +419,8 @@ def test_training_images_that_cannot_be_decoded_are_counted_and_listed(exported,
     assert len(result["bad_samples"]) == 1 and "002.png" in result["bad_samples"][0]
 
 
-def test_a_class_without_samples_and_shared_images_are_warned_of(exported, tmp_path):
+def test_images_that_both_splits_share_are_warned_of(exported, tmp_path):
     train_root, val = squares(tmp_path, "train", 48), squares(tmp_path, "val", 24)
-    (tmp_path / "train" / "violet").mkdir()
     copy = tmp_path / "val" / "red" / "copy.png"
     copy.write_bytes((tmp_path / "train" / "red" / "002.png").read_bytes())
     result = probe(settings(exported, tmp_path / "out", (train_root, val), "probe.epochs=1"))

@@ -127,7 +127,7 @@ def make_policy(word: str | None, size: int, mean: Sequence[float]) -> Any:
     if word == "trivial":
         from torchvision.transforms import InterpolationMode, TrivialAugmentWide
 
-        return TrivialAugmentWide(interpolation=InterpolationMode.BICUBIC)
+        return _OnPixels(TrivialAugmentWide(interpolation=InterpolationMode.BICUBIC))  # tensors have no bicubic there
     options = {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(255 * m)) for m in mean),
                "interpolation": Image.Resampling.BICUBIC}  # fmt: skip
     return _OnPixels(rand_augment_transform(word, options))

@@ -43,7 +43,7 @@ def build_classifier(
 def used_drop_path(model: nn.Module) -> float:
     """The largest rate of the model's stochastic depth; 0 where it has none."""
     rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath" and m.drop_prob is not None]
-    return max(map(float, rates), default=0.0)
+    return round(max(map(float, rates), default=0.0), 6)  # timm spaces them in float32
 
 
 def used_pool(model: nn.Module) -> str:
