@@ -229,12 +229,12 @@ def test_mixed_targets_are_the_shares_of_the_mixed_images():
 
 
 def test_it_learns_and_says_how(exported, roots, tmp_path):
-    result = probe(settings(exported, tmp_path, roots, "probe.epochs=6", "probe.seeds=2", "probe.max_batch=5"))
+    result = probe(settings(exported, tmp_path, roots, "probe.epochs=3", "probe.seeds=2", "probe.max_batch=5"))
     assert json.loads((tmp_path / "finetune.json").read_text()) == json.loads(json.dumps(result))
     assert result["top1"] > 90 and len(result["top1_seeds"]) == 2 and result["queries"] == 24
-    assert (result["batch"], result["steps"], result["pool"], result["drop_path"]) == (12, 24, "avg", 0.1)
-    assert [row["epoch"] for row in result["curve"]] == [1, 2, 3, 4, 5, 6] * 2
-    assert result["curve"][5]["top1"] == result["top1_seeds"][0] and result["select_top1"] is None
+    assert (result["batch"], result["steps"], result["pool"], result["drop_path"]) == (12, 12, "avg", 0.1)
+    assert [row["epoch"] for row in result["curve"]] == [1, 2, 3] * 2
+    assert result["curve"][2]["top1"] == result["top1_seeds"][0] and result["select_top1"] is None
     assert "Fine-tuning of the whole backbone" in result["protocol"] and "nothing chosen" in result["protocol"]
     assert result["parameters"] == sum(p.numel() for p in build_classifier(_of(exported), 3).parameters())
     assert [p.name for p in tmp_path.iterdir()] == ["finetune.json"]
@@ -247,11 +247,11 @@ def _of(folder):
 
 
 def test_the_choice_is_made_on_training_images_alone(exported, roots, tmp_path):
-    words = ("probe.lrs=[0.000001,0.02]", "probe.layer_decays=[0.75,1.0]", "probe.curve=0")
+    words = ("probe.lrs=[0.000001,0.02]", "probe.layer_decays=[0.5,1.0]", "probe.epochs=1")
     first = probe(settings(exported, tmp_path / "a", roots, *words))
     assert first["lr"] == 0.02 and len(first["grid"]) == 4
     assert first["select_top1"] == max(row["select_top1"] for row in first["grid"])
-    assert first["steps"] == 8  # the whole training split again, two epochs of 48 / 12
+    assert first["steps"] == 4  # the whole training split again, 48 / 12
     other = squares(tmp_path, "others", 24, classes=("green", "red", "blue"))  # every test label is wrong
     second = probe(settings(exported, tmp_path / "b", (roots[0], other), *words))
     assert second["grid"] == first["grid"] and second["top1"] != first["top1"]
@@ -274,10 +274,10 @@ def killed_after(monkeypatch, epochs):
 
 
 def test_a_killed_run_continues_to_the_same_bits(exported, roots, tmp_path, monkeypatch, capsys):
-    words = (*STRONG, "probe.epochs=3", "probe.seeds=2", "probe.save=true", "probe.lrs=[0.01,0.02]")
+    words = (*STRONG, "probe.save=true", "probe.lrs=[0.01,0.02]")
     whole = probe(settings(exported, tmp_path / "whole", roots, *words))
     with monkeypatch.context() as patch:
-        killed_after(patch, 8)  # two choices of three epochs, then the second epoch of the first seed
+        killed_after(patch, 5)  # two choices of two epochs, then one of the seed
         with pytest.raises(Killed):
             probe(settings(exported, tmp_path / "killed", roots, *words))
     assert not (tmp_path / "killed" / "finetune.json").exists()
@@ -291,7 +291,7 @@ def test_a_killed_run_continues_to_the_same_bits(exported, roots, tmp_path, monk
         )
     )
     said = capsys.readouterr().out
-    assert "finetune seed-0: continuing after epoch 2" in said and "finetune choice" not in said
+    assert "finetune seed-0: continuing after epoch 1" in said and "finetune choice" not in said
     keys = ("top1_seeds", "curve", "grid", "protocol")
     assert [again[k] for k in keys] == [whole[k] for k in keys]
     a, b = (load_file(tmp_path / n / "finetuned" / "model.safetensors") for n in ("whole", "killed"))
@@ -331,7 +331,7 @@ def test_batch_norm_follows_the_images(tmp_path, roots):
 
 
 def test_the_saved_classifier_opens_with_timm_and_scores_the_same(exported, roots, tmp_path):
-    result = probe(settings(exported, tmp_path, roots, "probe.save=true", "probe.epochs=4"))
+    result = probe(settings(exported, tmp_path, roots, "probe.save=true"))
     model = timm.create_model(f"local-dir:{result['saved']}", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
     hits = 0
@@ -395,7 +395,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(exported, roots, tmp_path,
 
 
 def test_a_setting_that_diverges_is_not_chosen(exported, roots, tmp_path):
-    result = probe(settings(exported, tmp_path, roots, "probe.lrs=[0.02,1e4]", "probe.epochs=4"))
+    result = probe(settings(exported, tmp_path, roots, "probe.lrs=[0.02,1e4]"))
     assert result["lr"] == 0.02 and result["grid"][1]["select_top1"] is None
 
 

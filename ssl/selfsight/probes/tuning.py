@@ -147,26 +147,31 @@ class Training:
             return
         if first:
             print(f"finetune {self.job.name}: continuing after epoch {first}", flush=True)
-        start = self.ends[first - 1] if first else 0
-        source = self.task.splits.train[0]
         loaded, workers = self.task.loaded, choose_workers(self.task.cfg.num_workers)
-        data = Augmented(source, self.job.ids, p, self.job.seed, loaded.image_size, loaded.mean)
-        steps = Positions(start, self.ends[-1], self.batch, 1, 0, 1)
-        batches = iter(make_loader(data, steps, workers, self.task.device.type == "cuda"))
+        source, size = self.task.splits.train[0], loaded.image_size
+        data = Augmented(source, self.job.ids, p, self.job.seed, size, loaded.mean)
+        steps = Positions(self.ends[first - 1] if first else 0, self.ends[-1], self.batch, 1, 0, 1)
+        loader = iter(make_loader(data, steps, workers, self.task.device.type == "cuda"))
         for epoch in range(first, p.epochs):
-            began, begin = time.monotonic(), self.ends[epoch - 1] if epoch else 0
-            losses = [self._step(next(batches), step) for step in range(begin, self.ends[epoch])]
-            loss = torch.stack(losses).mean().item() if losses else self.curve[-1]["loss"]
-            if not math.isfinite(loss):
-                raise Diverged(f"fine-tuning diverged in epoch {epoch + 1} (loss {loss}) at a rate of {self.job.lr:g} "
-                               "per 256 images; use smaller probe.lrs")  # fmt: skip
-            speed = self.batch * len(losses) / (time.monotonic() - began)
-            row = {"epoch": epoch + 1, "loss": loss, "lr": self.rate(self.ends[epoch] - 1)}
+            row = self._epoch(loader, epoch)
             if epoch + 1 == p.epochs or (p.curve and (epoch + 1) % p.curve == 0):
                 row["top1"], row["top5"] = judge(self.judged)
+                print(f"finetune {self.job.name}: top-1 {row['top1']:.2f} % after epoch {epoch + 1}", flush=True)
             self.curve.append(row)
-            self._say(row, speed)
             self._save()
+
+    def _epoch(self, loader: Iterator[dict[str, Any]], epoch: int) -> dict[str, float]:
+        """The steps of one epoch; its row of the curve. Diverged if the loss is not finite."""
+        began, begin = time.monotonic(), self.ends[epoch - 1] if epoch else 0
+        losses = [self._step(next(loader), step) for step in range(begin, self.ends[epoch])]
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise Diverged(f"fine-tuning diverged in epoch {epoch + 1} (loss {loss}) at a rate of {self.job.lr:g} per "
+                           "256 images; use smaller probe.lrs")  # fmt: skip
+        speed = self.batch * len(losses) / (time.monotonic() - began)
+        print(f"finetune {self.job.name}: epoch {epoch + 1}/{self.task.settings.epochs}, loss {loss:.4f}, "
+              f"{speed:,.0f} images/s", flush=True)  # fmt: skip
+        return {"epoch": epoch + 1, "loss": loss, "lr": self.rate(self.ends[epoch] - 1)}
 
     def _step(self, batch: dict[str, Any], step: int) -> Tensor:
         """One optimizer step; the loss of its batch, detached."""
@@ -201,11 +206,6 @@ class Training:
         if len(self.bad) > (limit := max(8, len(self.job.ids) // 100)):
             raise ProbeError(f"{len(self.bad)} of {len(self.job.ids):,} training samples cannot be decoded (limit "
                              f"{limit}), e.g. {next(iter(self.bad.values()))}")  # fmt: skip
-
-    def _say(self, row: dict[str, float], speed: float) -> None:
-        accuracy = f", top-1 {row['top1']:.2f} %" if "top1" in row else ""
-        print(f"finetune {self.job.name}: epoch {row['epoch']}/{self.task.settings.epochs}, loss {row['loss']:.4f}"
-              f"{accuracy}, {speed:,.0f} images/s", flush=True)  # fmt: skip
 
     # ---- what is kept ---------------------------------------------------------------------------------------------
 
