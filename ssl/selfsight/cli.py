@@ -88,7 +88,7 @@ seconds=5    how long each part is measured; all keys of a training run apply:
 """
     + TRAIN_KEYS,
     "probe": """\
-Accuracy (segmentation: mIoU) of a frozen backbone; writes <out>/<probe>.json.
+Accuracy (segmentation: mIoU) of a frozen backbone, or of a fine-tuned one; writes <out>/<probe>.json.
 
   {call} checkpoint=runs/my-run step=best
   {call} checkpoint=runs/my-run probe=linear data=folder data.root=/d/train data.root_val=/d/val
@@ -98,6 +98,7 @@ what         checkpoint=  run folder, export folder, or the name of a timm model
              step= last | best | <number>   which checkpoint of a run folder          which= student | teacher
 how          probe=       {probe}
              probe.k=[10,20]   probe.masks=   probe.lrs=[0.1,0.3]   probe.epochs=   probe.protocol=
+             fine-tuning: probe.layer_decays=   probe.mixup=   probe.max_batch=   probe.save=
 data         data=        {data}   (left out: what the run was trained on)
              data.train= data.val= data.root= data.root_val=
              image_size=  batch_size=  num_workers=  seed=  device=
@@ -113,7 +114,7 @@ Many probes of one or several frozen backbones: one pass over the images for all
 
 what         checkpoint=  run folders, export folders or timm models: one, or [several]
              step= last | best | <number>           which= student | teacher
-rows         probes=      knn linear layerwise lowshot retrieval rotation segmentation, and poolings of probe=attentive
+rows         probes=      knn linear layerwise lowshot retrieval rotation segmentation finetune, and poolings
              set='linear.epochs=20 knn.k=[10,20]'   keys of single rows      seeds=      images=
 data         data=        {data}   (left out: what each run was trained on; keys as for probe)
              masks.train= masks.val=     shards with mask.png for the row segmentation

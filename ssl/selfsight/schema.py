@@ -138,6 +138,13 @@ def words(default: list[str], *choices: str) -> Any:
     return _field(default, "one or several of " + ", ".join(choices), parse)
 
 
+def policy(default: str | None) -> Any:
+    """A policy of random operations: "trivial", or timm's words for RandAugment."""
+    words = re.compile(r"trivial|rand(-(m\d+|n[1-9]\d*|p(0?\.\d+|1)|mstd(\d+(\.\d+)?|inf)|mmax\d+|inc[01]))*")
+    return _field(default, "trivial or rand-… in timm's words such as rand-m9-mstd0.5-inc1",
+                  lambda v: _require(words.fullmatch(str(v)), v))  # fmt: skip
+
+
 def layers(default: Any) -> Any:
     """Numbers of blocks or stages, negative ones from the end; "all"; null: the output."""
 
@@ -572,6 +579,38 @@ class AttentiveProbe(LayerwiseProbe):
 
 
 @dataclasses.dataclass
+class FinetuneProbe:
+    name: str = one_of("finetune", "finetune")
+    protocol: str | None = one_of(None, "mae_finetune", "convnextv2_finetune", "spark_finetune")
+    pool: str | None = one_of(None, "avg", "token")
+    lrs: list[float] = numbers([0.001], None, 1e-8, 1e4)
+    layer_decays: list[float] = numbers([0.75], None, 0.01, 1)
+    grouping: str = one_of("single", "single", "group")
+    weight_decay: float = number(0.05)
+    epochs: int = integer(20)
+    warmup_epochs: float = number(2.0)
+    warmup_start: float = number(0.0, 0, 1)
+    min_lr: float = number(1e-6)
+    batch_size: int = integer(128, 2)
+    max_batch: int | None = integer(None)
+    drop_path: float | None = number(None, 0, 0.95)
+    scale: list[float] = numbers([0.25, 1.0], 2, 0.01, 1, rising=True)
+    flip: float = number(0.5, 0, 1)
+    augment: str | None = policy(None)
+    erase: float = number(0.0, 0, 1)
+    mixup: float = number(0.0)
+    cutmix: float = number(0.0)
+    smoothing: float = number(0.1, 0, 0.9)
+    repeats: int = integer(1)
+    ema: float | None = number(None, 0, 0.999999)
+    clip: float | None = number(None, 1e-6)
+    curve: int = integer(1, 0)
+    seeds: int = integer(3)
+    save: bool = False
+    bank: int | None = integer(None, 2)
+
+
+@dataclasses.dataclass
 class LowShotProbe:
     name: str = one_of("lowshot", "lowshot")
     shots: Any = counts([1, 2, 5, 10])
@@ -711,14 +750,14 @@ class MaskShards:
     val: Any = _field(None, "a shard pattern such as /d/val-{000000..000009}.tar or a list of them", _patterns)
 
 
-ROWS = ("knn", "linear", "layerwise", "lowshot", "retrieval", "rotation", "segmentation", *POOLINGS)
+PROBES = ("knn", "linear", "layerwise", "lowshot", "retrieval", "rotation", "segmentation", "finetune")
 
 
 @dataclasses.dataclass
 class Table:
     data: Any = None
     checkpoint: Any = None
-    probes: Any = words(["knn", "linear", "ep"], *ROWS)
+    probes: Any = words(["knn", "linear", "ep"], *PROBES, *POOLINGS)
     set: str | None = None
     masks: MaskShards = dataclasses.field(default_factory=MaskShards)
     seeds: int | None = integer(None)
@@ -867,6 +906,7 @@ SCHEMAS: dict[str, Any] = {
         "linear": LinearProbe,
         "attentive": AttentiveProbe,
         "layerwise": LayerwiseProbe,
+        "finetune": FinetuneProbe,
         "lowshot": LowShotProbe,
         "retrieval": RetrievalProbe,
         "rotation": RotationProbe,

@@ -41,8 +41,7 @@ tags:
 ---
 # {title}
 
-A `{architecture}` backbone, pretrained without labels by selfsight.
-It has no classifier: it turns images into features.
+{kind}
 
 ## Load it in four lines
 
@@ -51,11 +50,11 @@ import timm
 
 model = timm.create_model("local-dir:{out}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-features = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {num_features}]
+{output} = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {width}]
 ```
 
 `pretrained=True` matters: without it timm builds the architecture with random weights and does not say so.
-`num_classes=10` adds a fresh classifier, `features_only=True` returns feature maps{resize}.
+`num_classes={other}` {head}, `features_only=True` returns feature maps{resize}.
 `model.forward_features(x)` returns the tokens or the last map.
 
 ## How it was made
@@ -66,6 +65,14 @@ features = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {num_f
 {recipe}
 Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
 """
+
+_FEATURES = {
+    "kind": "A `{architecture}` backbone, pretrained without labels by selfsight.\n"
+            "It has no classifier: it turns images into features.",
+    "output": "features", "other": 10, "head": "adds a fresh classifier",
+}  # fmt: skip
+_CLASSIFIER = {"kind": "A `{architecture}` classifier, fine-tuned with labels by selfsight.", "output": "logits",
+               "other": 0, "head": "leaves the classifier out"}  # fmt: skip
 
 
 def _cell(value: Any) -> str:
@@ -100,12 +107,14 @@ def write_card(config: Mapping[str, Any], card: Mapping[str, Any], out: str) -> 
     """README.md of an export folder at `out`, from its config.json and the facts of the run."""
     pretrained = config["pretrained_cfg"]
     title = " · ".join(str(card[k]) for k in ("objective", "backbone") if card.get(k)) or config["architecture"]
+    classes = config["num_classes"]
     resize = ", `img_size=…` another input size" if pretrained["fixed_input_size"] else ""
+    words = _CLASSIFIER if classes else _FEATURES
     return TEMPLATE.format(
         title=title,
-        architecture=config["architecture"],
+        **words | {"kind": words["kind"].format(architecture=config["architecture"])},
         out=out,
-        num_features=config["num_features"],
+        width=classes or config["num_features"],
         resize=resize,
         rows=table(card),
         recipe=_recipe(card),

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm
 import torch
@@ -35,6 +35,9 @@ from ..training import checkpoint
 from ..training.judge import clean, fixed_ranges, spoiled
 from ..views.photo import prepare
 from .card import write_card
+
+if TYPE_CHECKING:
+    from .classifier import Classifier
 
 TOLERANCE = 1e-5
 FILES = ("config.json", "model.safetensors", "README.md")
@@ -57,15 +60,17 @@ class Run(NamedTuple):
 
 
 def config_for(
-    backbone: Backbone,
+    backbone: Backbone | Classifier,
     *,
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int,
     crop_pct: float,
     card: Mapping[str, Any],
+    classes: int = 0,
 ) -> dict[str, Any]:
-    """config.json of a headless backbone. Written by hand: timm's own writer copies somebody else's licence and tag."""
+    """config.json of a headless backbone, or of a `Classifier` with its number of classes. Written by hand: timm's own
+    writer copies somebody else's licence and tag."""
     model = backbone.timm
     own = model.pretrained_cfg  # timm's, for this architecture: which layers the stem and the classifier are
     # Stochastic depth is a setting of the training that was, not of the model that is.
@@ -76,13 +81,13 @@ def config_for(
     pool = getattr(model, "global_pool", None)
     return {
         "architecture": backbone.architecture,
-        "num_classes": 0,
+        "num_classes": classes,
         "num_features": model.num_features,
         "global_pool": pool if isinstance(pool, str) else "avg",
         "model_args": args,
         "pretrained_cfg": {
             "tag": "selfsight",
-            "num_classes": 0,
+            "num_classes": classes,
             "input_size": [len(mean), height, width],
             "fixed_input_size": fixed,
             "interpolation": "bicubic",
@@ -132,7 +137,7 @@ def export_backbone(
     ExportError if the folder would not give the same features, or is in the way and not to be overwritten.
     """
     out = Path(out)
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     if crop_pct is None:
         crop_pct = crop_share(image_size)
     config = config_for(backbone, mean=mean, std=std, image_size=image_size, crop_pct=crop_pct, card=card)
@@ -147,7 +152,7 @@ def export_backbone(
         (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (tmp / "README.md").write_text(write_card(config, card, str(out)))
         verify(backbone, tmp, image_size, verify_images)
-        _swap(tmp, out)
+        swap(tmp, out)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return out
@@ -281,7 +286,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         raise ExportError(f"{source} is an export folder already; open it with timm or copy it")
     if not is_run(source):
         raise ExportError(f"{source} is not a run folder (no config.yaml); give the run_dir that training printed")
-    _refuse_existing(out, bool(cfg.get("overwrite")))
+    refuse_existing(out, bool(cfg.get("overwrite")))
     ready = current_export(source, which, step)
     if ready is not None:
         card = _copy(ready, out)
@@ -314,11 +319,12 @@ def _copy(ready: Path, out: Path) -> dict[str, Any]:
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(ready, tmp)
     (tmp / "README.md").write_text(write_card(config, card, str(out)))
-    _swap(tmp, out)
+    swap(tmp, out)
     return card
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """ExportError if `out` may not be overwritten, or holds what no export wrote."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise ExportError(f"{out} exists; choose another out, or overwrite=true to replace it")
     if out.is_dir() and any(p.name not in FILES for p in out.iterdir()):
@@ -326,7 +332,7 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         raise ExportError(f"{out} holds {stranger}, which no export wrote; choose another out")
 
 
-def _swap(tmp: Path, out: Path) -> None:
+def swap(tmp: Path, out: Path) -> None:
     """Put a finished folder in place of what stood there."""
     if out.exists():
         old = out.with_name(f".old-{out.name}-{os.getpid()}")

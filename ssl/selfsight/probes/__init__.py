@@ -1,4 +1,4 @@
-"""Judging a frozen backbone: features of a fixed bank, weighted k-NN, a grid of linear heads."""
+"""Judging a backbone: k-NN, linear and attentive heads on a bank of frozen features, fine-tuning."""
 
 
 class ProbeError(ValueError):

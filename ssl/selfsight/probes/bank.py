@@ -213,7 +213,7 @@ def extract(
     limit = max(8, len(ids) // 100)
     with frozen(backbone) as model:
         rows = object_rows(model, masks, size, len(mean))
-        for batch in _batches(source, ids, size, crop_pct, batch_size, workers, len(mean), rows):
+        for batch in batches(source, ids, size, crop_pct, batch_size, workers, len(mean), rows):
             read.append(batch._replace(pixels=batch.pixels[:0], focus=None))
             bad = [b for r in read for b in r.bad]
             if len(bad) > limit:
@@ -236,8 +236,15 @@ def extract(
     )
 
 
-def _batches(
-    source, ids, size: int, crop_pct: float, batch_size: int, workers: int, channels: int, rows: ObjectRows | None
+def batches(
+    source,
+    ids,
+    size: int,
+    crop_pct: float,
+    batch_size: int,
+    workers: int,
+    channels: int = 3,
+    rows: ObjectRows | None = None,
 ) -> Iterator[Images]:
     """Batches of decoded images, the next one decoding in the background."""
     options = {"workers": workers, "channels": channels, "rows": rows}

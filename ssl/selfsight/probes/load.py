@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ from .bank import crop_share
 
 
 class Loaded(NamedTuple):
-    """A frozen backbone with what its images must look like, and where it came from."""
+    """A frozen backbone with what its images must look like, and where it came from.
+
+    architecture, model_args: what timm builds it from, at this image size.
+    """
 
     model: nn.Module
     mean: tuple[float, ...]
@@ -29,6 +33,8 @@ class Loaded(NamedTuple):
     crop_pct: float
     facts: dict[str, Any]
     data: Any = None  # the data config of the run, where it is known
+    architecture: str = ""
+    model_args: Mapping[str, Any] = {}
 
 
 def load_backbone(
@@ -76,15 +82,20 @@ def _from_timm(folder: Path, image_size: int | None) -> Loaded:
              "which": card.get("which"), "checkpoint": str(folder), "step": card.get("steps")}  # fmt: skip
     crop = pretrained["crop_pct"] if size == int(pretrained["input_size"][-1]) else crop_share(size)
     data = (card.get("config") or {}).get("data")
-    return Loaded(model, tuple(pretrained["mean"]), tuple(pretrained["std"]), size, crop, facts, data)
+    args = config.get("model_args", {}) | kwargs
+    return Loaded(model, tuple(pretrained["mean"]), tuple(pretrained["std"]), size, crop, facts, data,
+                  config["architecture"], args)  # fmt: skip
 
 
 def _from_run(folder: Path, which: str | None, image_size: int | None, step: str | int) -> Loaded:
     run = load_run(folder, which, step)
     facts = {k: run.card[k] for k in ("backbone", "objective", "which")}
     facts |= {"checkpoint": str(folder), "step": run.card["steps"]}
-    size = image_size or run.image_size
-    return Loaded(run.backbone.eval(), run.mean, run.std, size, crop_share(size), facts)
+    size, backbone = image_size or run.image_size, run.backbone.eval()
+    args = dict(backbone.model_args)
+    if "img_size" in args:
+        args["img_size"] = size
+    return Loaded(backbone, run.mean, run.std, size, crop_share(size), facts, None, backbone.architecture, args)
 
 
 def _from_hub(name: str, image_size: int | None) -> Loaded:
@@ -104,7 +115,9 @@ def _from_hub(name: str, image_size: int | None) -> Loaded:
     data = timm.data.resolve_model_data_config(model)
     size = image_size or int(data["input_size"][-1])
     facts = {"backbone": name, "objective": None, "which": None, "checkpoint": f"timm: {name}", "step": None}
-    return Loaded(model, tuple(data["mean"]), tuple(data["std"]), size, data["crop_pct"], facts)
+    args = {k: v for k, v in getattr(model, "_model_args", {}).items() if k != "num_classes"} | kwargs
+    return Loaded(model, tuple(data["mean"]), tuple(data["std"]), size, data["crop_pct"], facts, None,
+                  model.pretrained_cfg["architecture"], args)  # fmt: skip
 
 
 def choose_data(cfg: Any, loaded: Loaded) -> DictConfig:

@@ -99,6 +99,28 @@ def _ahead(source: Source, ids: np.ndarray, cut: Cut, how: How) -> Iterator[tupl
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def look_over(source: Source, ids: np.ndarray, workers: int) -> tuple[dict[str, np.ndarray], list[tuple[int, str]]]:
+    """Columns of samples without any array (`store.Bank`), and those that are no images; nothing is decoded."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        read = list(pool.map(lambda i: _about(source, i), ids.tolist(), chunksize=64))
+    good = [(i, *r) for i, r in zip(ids.tolist(), read) if not isinstance(r, str)]
+    bad = [(i, r) for i, r in zip(ids.tolist(), read) if isinstance(r, str)]
+    names = {"ids": np.int64, "labels": np.int64, "key": np.uint64, "content": np.uint64}
+    rows = zip(*good) if good else [()] * len(names)
+    columns = {name: np.array(row, dtype) for (name, dtype), row in zip(names.items(), rows)}
+    return columns | {"part": np.zeros(len(good), np.int64)}, bad
+
+
+def _about(source: Source, id: int) -> tuple[int, int, int] | str:
+    """Label, key and content of one sample, or the sentence that says what is wrong with it."""
+    try:
+        raw = source.read(id)
+        size_of(raw.image, raw.where)
+        return raw.label, hash64(raw.key.encode("utf-8", "surrogateescape")), hash64(raw.image)
+    except SampleError as error:
+        return str(error)
+
+
 @torch.no_grad()
 def _encode(model: nn.Module, pixels: Tensor, wants: Sequence[Want], how: How) -> dict[str, np.ndarray]:
     """uint8 [n, c, s, s] to the arrays wanted, in batches of the model; patch tokens in the type they are stored in."""

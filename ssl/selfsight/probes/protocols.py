@@ -35,13 +35,17 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def apply_protocol(settings: Any) -> None:
-    """Put the values of `probe.protocol` into the probe's settings; ProbeError where one of them was given as well."""
+def apply_protocol(settings: Any, values: dict[str, Any] | None = None) -> None:
+    """Put the values of `probe.protocol` into the probe's settings; ProbeError where one of them was given as well.
+
+    values: where they depend on the model (`finetune_published`); without them nothing is done about such a protocol.
+    """
     name = settings.get("protocol")
-    if not name:
+    values = values or PROTOCOLS.get(settings.name, {}).get(name)
+    if not name or values is None:
         return
     usual = config.load("probe", ["checkpoint=-", f"probe={settings.name}"]).probe
-    for key, value in PROTOCOLS[settings.name][name].items():
+    for key, value in values.items():
         given = OmegaConf.to_container(OmegaConf.create({"v": settings[key]}))["v"]
         if given not in (value, OmegaConf.to_container(usual)[key]):
             raise ProbeError(f"probe.protocol={name} fixes probe.{key}={value}, and {given} was given; leave one out")

@@ -7,7 +7,7 @@ probe=knn probe.masks=largest|first: of each image the features of one object on
 
 A probe is one file here with `run(task) -> Outcome`, one YAML file in `conf/probe` and one dataclass in the schema, all
 of one name; `task.banks(...)` gives it features that are stored on disk. The reported split chooses nothing:
-every choice is made on held-out training images.
+every choice is made on held-out training images. probe=finetune trains the backbone as well.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ import timm
 import torch
 from omegaconf import OmegaConf
 
-from ..interop.export import is_run
 from .knn import standard_error
 from .load import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .masks import THRESHOLD, WHICH
 from .protocols import apply_protocol
 from .store import Bank
-from .task import Outcome, Task
+from .task import Outcome, Task, out_folder
 
 __all__ = ["Loaded", "choose_data", "choose_device", "choose_workers", "load_backbone", "probe"]
 
@@ -61,6 +60,8 @@ def probe_loaded(cfg: Any, loaded: Loaded, device: torch.device, started: float)
     path = _write(cfg, result)
     if (cfg.get("bank") or {}).get("keep") is False:
         task.remove_banks()
+    if outcome.written:
+        outcome.written()
     print(_sentence(result, path), flush=True)
     return result
 
@@ -117,18 +118,13 @@ def _seen(task: Task) -> str:
     if task.cfg.probe.name == "segmentation":
         return f"Backbone in eval mode; tested on {split}."
     square = f"images {size} px, centre square of {share:.3g} of the shorter side"
-    return f"Backbone in eval mode; {square}; tested on {split}."
+    mode = "Tested in eval mode" if task.cfg.probe.name == "finetune" else "Backbone in eval mode"
+    return f"{mode}; {square}; tested on {split}."
 
 
 def _write(cfg: Any, result: dict[str, Any]) -> Path:
-    """`<out>/<probe>.json`, complete or not at all. out: given, else <run>/probes (/<step>) (/masks-<which>), else
-    ./probes."""
-    run = Path(cfg.checkpoint).expanduser()
-    folder = Path(cfg.out) if cfg.out else run / "probes" if is_run(run) else Path("probes")
-    if not cfg.out and cfg.step != "last":
-        folder = folder / str(cfg.step)
-    if not cfg.out and (masks := _masks(cfg)) != "none":  # the number without masks is worth as much
-        folder = folder / f"masks-{masks}"
+    """`<out>/<probe>.json`, complete or not at all."""
+    folder = out_folder(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cfg.probe.name}.json"
     tmp = path.with_name(f".{path.name}-{os.getpid()}")

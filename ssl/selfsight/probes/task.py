@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,14 @@ from omegaconf import OmegaConf
 from ..data import cache_dir, open_source
 from ..data.rng import key_of, uniform
 from ..data.source import Source
+from ..interop.export import is_run
 from . import ProbeError
 from .bank import extract, frozen, subset
 from .cuts import Cut
 from .identity import How
 from .load import Loaded, choose_workers
 from .masks import need_objects
+from .passes import look_over
 from .readout import Want, layout, plain
 from .store import Bank, Place, stored
 
@@ -30,11 +32,12 @@ MANY_CLASSES = 1000  # a head of more classes than this needs at least a trainin
 
 class Outcome(NamedTuple):
     """What a probe found: numbers for its JSON (with `top1` or `miou`, in percent), the protocol in words, and how many
-    parameters were trained."""
+    parameters were trained. written: called once the JSON stands."""
 
     numbers: dict[str, Any]
     protocol: str
     parameters: int = 0
+    written: Callable[[], None] | None = None
 
 
 class Splits(NamedTuple):
@@ -81,6 +84,24 @@ class Task:
             self.train, self.test = self._stored(wants, cut)
         else:
             self.train, self.test = self._masked(masks)
+        self._look_over(labelled)
+        return self.train, self.test
+
+    def samples(self) -> tuple[Bank, Bank]:
+        """(train, test) without features, for a probe that trains the backbone; labels are checked as for `banks`."""
+        out = []
+        for source, ids in self.splits[:2]:
+            columns, bad = look_over(source, np.asarray(ids), choose_workers(self.cfg.num_workers))
+            if len(bad) > (limit := max(8, len(ids) // 100)) or not len(columns["ids"]):
+                raise ProbeError(f"{len(bad)} of {len(ids):,} samples of {source.describe} are unusable (limit "
+                                 f"{limit}), e.g. {bad[-1][1] if bad else 'it is empty'}")  # fmt: skip
+            out.append(Bank(columns, {}, bad=bad, describe=source.describe))
+        self.train, self.test = out
+        self._look_over(labelled=True)
+        return self.train, self.test
+
+    def _look_over(self, labelled: bool) -> None:
+        """Labels, classes, and samples that both splits share."""
         if labelled:
             for (source, _), bank in zip((self.splits.train, self.splits.test), (self.train, self.test)):
                 need_labels(source, bank, self.settings.name)
@@ -89,7 +110,6 @@ class Task:
             keys, same = shared
             if same or self.cfg.data.name != "scenes":  # the built-in scenes number each split from zero
                 self.warn(_overlap_words(keys, same, len(np.unique(self.test.ids))))
-        return self.train, self.test
 
     def store(self, wants: Iterable[Want]) -> None:
         """Put arrays of both splits on disk for probes that will ask for them, in one pass."""
@@ -166,6 +186,18 @@ class Task:
             self.warn(f"no training sample of class {named}{more}: {int(asked[empty].sum()):,} test samples can only "
                       "be taken for other classes")  # fmt: skip
         return classes
+
+
+def out_folder(cfg: Any) -> Path:
+    """Where results go: as given, else <run>/probes (/<step>) (/masks-<which>), else ./probes."""
+    if cfg.out:
+        return Path(cfg.out)
+    run = Path(cfg.checkpoint).expanduser()
+    folder = run / "probes" if is_run(run) else Path("probes")
+    if cfg.step != "last":
+        folder = folder / str(cfg.step)
+    masks = cfg.probe.get("masks") or "none"
+    return folder if masks == "none" else folder / f"masks-{masks}"  # the number without masks is worth as much
 
 
 def open_splits(cfg: Any, image_size: int) -> Splits:

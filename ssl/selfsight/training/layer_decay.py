@@ -2,15 +2,22 @@
 
 As in BEiT and MAE (`util/lr_decay.py`) for ViT, and in ConvNeXt (`optim_factory.py`) for ConvNeXt V1 and V2: there
 either one layer per block ("single") or the published 12 groups ("group"), which take the blocks of the third stage
-three at a time. Names are timm's or those of the ConvNeXt reference.
+three at a time. Names are timm's or those of the ConvNeXt reference. Any other timm model is cut into layers by timm's
+own `group_matcher`.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _STEM = re.compile(r"(cls_token|pos_embed|reg_token|mask_token|obj_token)$|patch_embed\.")
+_TOKENS = re.compile(r"(^|\.)(cls_token|pos_embed|reg_token|dist_token)$")
 _REFERENCE = ((r"^downsample_layers\.0\.", "stem."), (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."))
 
 
@@ -55,3 +62,44 @@ def lr_scales(
         return {n: layer_scale(vit_layer(n, depth), depth + 1, decay) for n in names}
     last = 13 if mode == "group" else sum(depths) + 1
     return {n: layer_scale(convnext_layer(n, depths, mode), last, decay) for n in names}
+
+
+def layers_of(model: nn.Module, mode: str = "single") -> tuple[dict[str, int], int]:
+    """Layer of every parameter of a timm model, and the last layer. mode "group": ConvNeXt, else ValueError."""
+    from timm.models import ConvNeXt, VisionTransformer, group_parameters
+
+    names = [name for name, _ in model.named_parameters()]
+    if isinstance(model, ConvNeXt):
+        depths = [len(stage.blocks) for stage in model.stages]
+        return {n: convnext_layer(n, depths, mode) for n in names}, 13 if mode == "group" else sum(depths) + 1
+    if mode == "group":
+        raise ValueError("the 12 groups of layers are those of ConvNeXt")
+    if isinstance(model, VisionTransformer):
+        return {n: vit_layer(n, len(model.blocks)) for n in names}, len(model.blocks) + 1
+    found = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(found.values())
+    return {n: found.get(n, last) for n in names}, last
+
+
+def layered_groups(model: nn.Module, weight_decay: float, decay: float, mode: str = "single") -> list[dict[str, Any]]:
+    """Parameter groups of a timm model with `lr_scale` by layer and `names` beside `params`.
+
+    No weight decay for 1-D tensors, biases, tokens and positions, and what timm's `no_weight_decay` names.
+    """
+    from .optim import decays
+
+    layers, last = layers_of(model, mode)
+    patterns = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = [name] if _TOKENS.search(name) or any(fnmatch.fnmatch(name, p) for p in patterns) else []
+        decayed, layer = decays(name, parameter, exempt, "default"), layers[name]
+        group = groups.setdefault((layer, decayed), {
+            "params": [], "names": [], "weight_decay": weight_decay if decayed else 0.0,
+            "lr_scale": layer_scale(layer, last, decay),
+        })  # fmt: skip
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
