@@ -12,6 +12,7 @@ ROWS = {
     "objective": "Objective",
     "backbone": "Backbone",
     "which": "Weights",
+    "source": "Imported from",
     "data": "Data",
     "steps": "Steps",
     "epochs": "Epochs",

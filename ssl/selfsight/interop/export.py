@@ -132,7 +132,7 @@ def export_backbone(
     ExportError if the folder would not give the same features, or is in the way and not to be overwritten.
     """
     out = Path(out)
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     if crop_pct is None:
         crop_pct = crop_share(image_size)
     config = config_for(backbone, mean=mean, std=std, image_size=image_size, crop_pct=crop_pct, card=card)
@@ -281,7 +281,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         raise ExportError(f"{source} is an export folder already; open it with timm or copy it")
     if not is_run(source):
         raise ExportError(f"{source} is not a run folder (no config.yaml); give the run_dir that training printed")
-    _refuse_existing(out, bool(cfg.get("overwrite")))
+    refuse_existing(out, bool(cfg.get("overwrite")))
     ready = current_export(source, which, step)
     if ready is not None:
         card = _copy(ready, out)
@@ -318,7 +318,8 @@ def _copy(ready: Path, out: Path) -> dict[str, Any]:
     return card
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """ExportError where something stands at `out` that is not to be replaced."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise ExportError(f"{out} exists; choose another out, or overwrite=true to replace it")
     if out.is_dir() and any(p.name not in FILES for p in out.iterdir()):

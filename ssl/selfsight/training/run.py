@@ -36,6 +36,7 @@ from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
+from .start import fill, keep, kept, open_start
 from .stop import StopFlag
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
@@ -59,19 +60,20 @@ class Run:
     """One training run on this process."""
 
     def __init__(self, cfg: Any, flag: StopFlag):
-        self.cfg, self.flag, self.dir, self.sink = cfg, flag, Path(cfg.run_dir), None
+        self.cfg, self.flag, self.dir, self.sink, self.began = cfg, flag, Path(cfg.run_dir), None, None
         self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
         self._refuse_other_run()
+        self.start_path = checkpoint.newest(self.dir / "checkpoints")
+        self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
-            build_objective(cfg, total_steps=1, steps_per_epoch=1)
+            tried = build_objective(cfg, total_steps=1, steps_per_epoch=1)
+        self.weights = open_start(cfg.init_from, tried) if self.start_path is None else None
         self.source = self._open()
         self.val = open_source(cfg.data, "val")
         self.streaming = isinstance(self.source, Stream)
         self.num_samples = None if self.streaming else sum(self.source.lengths)
         self.total_steps = self._total_steps()
         self.steps_per_epoch = (self.num_samples or math.inf) / cfg.batch_size
-        self.start_path = checkpoint.newest(self.dir / "checkpoints")
-        self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         if self.start > self.total_steps:
             raise config.ConfigError(
                 f"{self.dir} is already at step {self.start}, beyond the {self.total_steps} that are asked for: "
@@ -192,6 +194,8 @@ class Run:
         torch.manual_seed(cfg.seed)  # initial weights; nothing later draws from the global generator
         objective = build_objective(cfg, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
         optimizer_state, meta = self._load(objective)
+        if self.weights is not None:
+            self.began, self.weights = fill(objective, self.weights, self.mean, self.std), None
         o = cfg.optim
         self.module = Module(
             objective, o, self._schedule(), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
@@ -279,6 +283,9 @@ class Run:
             ),
             flush=True,
         )  # fmt: skip
+        if self.began is not None:
+            print(self.began.text(), flush=True)
+            keep(self.began, self.dir)
         self.sink = self._sink()
         plan.flops_per_image = step_flops_per_image(objective)
         if device.type == "cuda":
@@ -338,7 +345,7 @@ class Run:
             "epochs": images / self.num_samples if self.num_samples else None,
             "seconds": seconds, "processes": world, "run_dir": str(self.dir), "objective": cfg.objective.name,
             "backbone": cfg.backbone.name, "provenance": provenance.collect(device),
-        }  # fmt: skip
+        } | kept(self.dir)  # fmt: skip
         self.module.eval()
         export_backbone(
             self.judge.backbone(), self.dir / "export", mean=self.mean, std=self.std, image_size=cfg.image_size,
