@@ -277,9 +277,8 @@ def test_dinov2_vit_with_registers_and_masks():
     assert_close(dropped.pooled, plain.pooled, "all cells kept", atol=1e-5)
 
 
-@pytest.mark.parametrize("case", cases("dinov2", ("meta_step_",)))
-def test_dinov2_whole_step(case):
-    info, t = load("dinov2", case)
+def dinov2_of(info: dict, t: dict) -> tuple[IBOT, dict]:
+    """The objective and the batch of a recorded step."""
     config, cfg = info["config"], info["config"]["cfg"]
     separate, b = config["separate_head"], config["B"]
 
@@ -298,15 +297,23 @@ def test_dinov2_whole_step(case):
         Masking((4, 4), b, ratio=(0.1, 1.0)), koleo=config["koleo_loss_weight"], patch_center="masked",
         centering="sinkhorn" if "sinkhorn" in config["centering"] else "center",
     ).train()  # fmt: skip
-    official.load(objective.student, part(t, "state.student."))
-    official.load(objective.teacher, part(t, "state.teacher."))
-    objective.center.center.copy_(t["state.dino_loss.center"][0])
-    objective.center2.center.copy_(t["state.ibot_patch_loss.center"].flatten())
     views = {
         "global": t["input.global_crops"].unflatten(0, (2, b)),
         "local": t["input.local_crops"].unflatten(0, (-1, b)),
     }
     batch = {"images": views, "drop": dict.fromkeys(views), "mask": t["input.masks"].bool().unflatten(0, (2, b))}
+    return objective, batch
+
+
+@pytest.mark.parametrize("case", cases("dinov2", ("meta_step_",)))
+def test_dinov2_whole_step(case):
+    info, t = load("dinov2", case)
+    config = info["config"]
+    objective, batch = dinov2_of(info, t)
+    official.load(objective.student, part(t, "state.student."))
+    official.load(objective.teacher, part(t, "state.teacher."))
+    objective.center.center.copy_(t["state.dino_loss.center"][0])
+    objective.center2.center.copy_(t["state.ibot_patch_loss.center"].flatten())
     loss, logs = objective.loss(batch, 0)
     loss.backward()
     assert_close(loss, t["output.total_loss"], "total", **NEAR)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 # (blocks per stage, width of the first stage or of all) -> our name. ViT's heads are not in a state: (name, heads).
 VITS = {(4, 128): ("vit_nano", 4), (12, 192): ("vit_ti", 3), (12, 384): ("vit_s", 6), (12, 768): ("vit_b", 12),
-        (24, 1024): ("vit_l", 16), (32, 1280): ("vit_h", 16), (40, 1408): ("vit_giant_patch16_gap_224", 16)}  # fmt: skip
+        (24, 1024): ("vit_l", 16), (32, 1280): ("vit_h", 16),
+        (40, 1408): ("vit_giant_patch16_gap_224", 16)}  # fmt: skip
 CONVNEXTS = {((3, 3, 9, 3), 96): "tiny", ((3, 3, 27, 3), 96): "small", ((3, 3, 27, 3), 128): "base",
              ((3, 3, 27, 3), 192): "large", ((1, 1, 2, 1), 24): "nano_lite"}  # fmt: skip
 CONVNEXTS_V2 = CONVNEXTS | {((2, 2, 6, 2), 40): "atto", ((2, 2, 6, 2), 48): "femto", ((2, 2, 6, 2), 64): "pico",

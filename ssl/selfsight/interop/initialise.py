@@ -58,12 +58,13 @@ def _parts(net: nn.Module) -> tuple[Backbone, dict[str, nn.Module]]:
 
 def fit_network(net: Network, backbone: Backbone, weights: Weights) -> Fitted:
     """A network's backbone for ours; WeightsError also where the heads are known to be others, as shapes do not say."""
+    fitted = fit_backbone(net.backbone, backbone, source=weights.what)
     if weights.num_heads and backbone.num_heads not in (None, weights.num_heads):
         raise WeightsError(
             f"{weights.what} has {weights.num_heads} attention heads and the backbone {backbone.num_heads}; use "
             f"backbone.num_heads={weights.num_heads}"
         )
-    return fit_backbone(net.backbone, backbone, source=weights.what)
+    return fitted
 
 
 def extras_of(net: Network, backbone: Backbone) -> dict[str, Tensor]:

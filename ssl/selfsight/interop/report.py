@@ -26,12 +26,18 @@ class Report:
     fresh: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    @property
+    def official(self) -> bool:
+        """Whether the layout was told from keys, not from a folder's own description."""
+        return self.what.startswith("checkpoint ")
+
     def text(self) -> str:
         """Lines for the first screen."""
         others = [name for name in self.fits if name != self.layout]
         also = f"; also fits {', '.join(others)}" if others else ""
+        layout = f" ({self.layout} layout{also})" if self.official else ""
         rows = [
-            ("weights", f"{self.what}, {self.networks} ({self.layout} layout{also})"),
+            ("weights", f"{self.what}, {self.networks}{layout}"),
             ("matched", _counts(self.matched)),
             ("converted", "; ".join(self.changed)),
             ("left", _counts(self.left)),
