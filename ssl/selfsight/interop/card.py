@@ -21,7 +21,7 @@ ROWS = {
     "batch_size": "Batch size",
     "loss_last": "Loss at the end",
     "knn": "k-NN (%)",
-    "knn_untrained": "k-NN, untrained (%)",
+    "knn_untrained": "k-NN, at the start (%)",
     "knn_raw_pixels": "k-NN, raw pixels (%)",
     "rankme": "RankMe",
     "note": "Note",

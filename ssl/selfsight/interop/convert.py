@@ -18,9 +18,6 @@ from .report import Report
 from .safe import WeightsError
 
 SIZES = {"shvit": 256}  # of families whose states have no positions to tell it
-OFFICIAL = (
-    "positions at other sizes by the reference's rule (backbone.pos_resize=official); timm resizes them by its own"
-)
 
 
 def convert(cfg: DictConfig) -> dict[str, Any]:
@@ -68,9 +65,6 @@ def import_folder(
     report = report_of(weights, net, fitted, backbone, {})
     card = {"objective": weights.layout, "backbone": backbone.architecture, "source": weights.source,
             "import": report.as_dict()}  # fmt: skip
-    if args.get("pos_resize") == "official":
-        card["note"] = OFFICIAL
-        report.notes.append(OFFICIAL)
     size = image_size_for(net, backbone, image_size)
     export_backbone(backbone, out, mean=mean or weights.mean, std=std or weights.std, image_size=size, card=card)
     return report

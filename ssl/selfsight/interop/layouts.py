@@ -157,7 +157,7 @@ def recognise(state: Mapping[str, Tensor]) -> list[str]:
         "selfpatch": has(body, r"ca_head\."),
         "ibot": not objects and (has(r"backbone\.masked_embed") or has(body, r"head\.last_layer2\.")),
         "dino": (has(body) and not two and not objects and not has(scaled)) or (bare and has("cls_token")),
-        "ijepa": has(r"encoder\.patch_embed\.proj\.", r"encoder\.blocks\.0\.attn\.qkv\.")
+        "ijepa": (has(r"encoder\.patch_embed\.", r"encoder\.blocks\.0\.attn\.qkv\.") and not has(r"encoder\.cls_token"))
         or (bare and not has("cls_token")),
         "cim": has(r"decoder_corr_block\."),
         "mae": has("cls_token") and (bare or (vit and has(r"decoder_blocks\.0\."))),

@@ -268,7 +268,7 @@ class Run:
         return make_loader(self.samples, positions, workers, on_gpu)
 
     def _begin(self, world: int, device: torch.device, plan: Plan, workers: int) -> None:
-        """Rank 0: claim the folder, say what will happen, judge the untrained backbone."""
+        """Rank 0: claim the folder, say what will happen, judge the backbone as it begins."""
         cfg, objective = self.cfg, self.module.objective
         self._claim_folder()
         precision = precision_of(cfg.trainer.precision, device.type == "cuda")
@@ -317,7 +317,7 @@ class Run:
         return WandB(self.cfg, self.dir)
 
     def _untrained(self, measure: bool, draw: bool) -> None:
-        """Numbers and pictures of the untrained backbone; numbers are row 0 of metrics.csv."""
+        """Numbers and pictures of the backbone as it begins; numbers are row 0 of metrics.csv."""
         numbers = self._evaluate(0, measure, draw) if measure or draw else {}
         if not measure:
             return
@@ -326,7 +326,8 @@ class Run:
         if self.sink is not None:
             self.sink.log(row, 0)
         if "knn" in numbers:
-            print(f"untrained: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
+            which = "untrained" if self.began is None else "at the start"
+            print(f"{which}: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
 
     def _evaluate(self, step: int, measure: bool, draw: bool) -> dict[str, float]:
         numbers = self.judge.evaluate(step, measure, draw)
