@@ -139,18 +139,25 @@ def test_heads(method, case):
             assert_close(named[name].grad, grad, name, **NEAR)
 
 
-@pytest.mark.parametrize("case", cases("ibot", ("vit_full_step",)))
-def test_ibot_whole_step(case):
-    info, t = load("ibot", case)
+def ibot_of(info: dict, t: dict) -> tuple[IBOT, dict]:
+    """The objective and the batch of a recorded step."""
     config = info["config"]
     backbone = official.vit(config["vit"], IBOT.needs)
     student = nn.ModuleDict({"backbone": backbone, "head": official.head(config["head"], 16)})
     pace = Pace(lambda step: config["ema_momentum"], lambda step: 0.055)
     objective = IBOT(student, official.NO_VIEWS, pace, Masking((4, 4), config["B"], ratio=(0.1, 1.0))).train()
-    official.load(objective.student, part(t, "state.student."))
-    official.load(objective.teacher, part(t, "state.teacher."))
     batch = official.views_of([t[f"input.crop{i}"] for i in range(4)])
     batch["mask"] = t["input.masks"].bool().flatten(2)
+    return objective, batch
+
+
+@pytest.mark.parametrize("case", cases("ibot", ("vit_full_step",)))
+def test_ibot_whole_step(case):
+    info, t = load("ibot", case)
+    config = info["config"]
+    objective, batch = ibot_of(info, t)
+    official.load(objective.student, part(t, "state.student."))
+    official.load(objective.teacher, part(t, "state.teacher."))
     hidden = objective.encode(objective.student, batch["images"]["global"], Replace(batch["mask"].flatten(0, 1)))
     assert_close(objective.student["head"](hidden.pooled), t["output.student_cls"], "student", **NEAR)
     assert_close(objective.student["head"](hidden.patches), t["output.student_patch"], "student patches", **NEAR)

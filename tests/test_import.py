@@ -15,7 +15,7 @@ from golden_cases import assert_close, cases, load, part
 from selfsight.backbones import build_backbone
 from selfsight.backbones.tokens import Drop, Needs
 from selfsight.interop.convert import import_folder
-from selfsight.interop.initialise import fit_network, initialise
+from selfsight.interop.initialise import fit_network
 from selfsight.interop.layouts import split
 from selfsight.interop.load import open_weights
 from selfsight.objectives.mae import MAE
@@ -331,17 +331,3 @@ def test_udi_with_two_class_tokens(tmp_path):
     model, report = imported(tmp_path, {"teacher": tree}, **args)
     assert report.layout == "udi" and report.left["backbone.attn"] == 1
     assert_close(model.forward_features(images), expected, "tokens", atol=1e-5)
-
-
-@pytest.mark.parametrize("case", cases("dinov2", ("meta_step_",)))
-def test_both_networks_heads_and_centres_give_the_recorded_loss(case, tmp_path):
-    """The file of a training, put into the objective by `initialise` alone."""
-    from test_goldens_ibot import dinov2_of
-
-    info, t = load("dinov2", case)
-    objective, batch = dinov2_of(info, t)
-    torch.save({"model": part(t, "state.")}, tmp_path / "training.pth")
-    report = initialise(objective, open_weights(str(tmp_path / "training.pth")))
-    assert report.networks == "its student and its teacher to ours" and not report.fresh
-    loss, _ = objective.loss(batch, 0)
-    assert_close(loss, t["output.total_loss"], "loss", **NEAR)

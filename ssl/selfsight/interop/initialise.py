@@ -108,7 +108,7 @@ def report_of(weights: Weights, net: Network, fitted: Fitted, backbone: Backbone
     """Of a backbone that was filled and of the modules that came along."""
     extras = extras_of(net, backbone)
     left = [*net.left, *fitted.left, *(k for k in net.extras if k not in extras)]
-    left += [f"{name}.{key}" for name, state in net.modules.items() if name not in taken for key in state]
+    left += [f"{name}.{key}" for name, state in net.modules.items() for key in state if key not in taken.get(name, {})]
     own = [k for k in backbone.state_dict() if not k.startswith("timm.") and k not in extras]
     matched = {"backbone": len(fitted.state) + len(extras)} | {k: len(v) for k, v in taken.items()}
     return Report(
