@@ -11,7 +11,7 @@ from torch import nn
 from golden_cases import part
 from selfsight.backbones.tokens import Needs
 from selfsight.backbones.vit import ViT
-from selfsight.interop.layouts import detect, split
+from selfsight.interop.layouts import recognise, split
 from selfsight.nn.heads import PrototypeHead
 from selfsight.objectives.distill import Distillation, Pace
 from selfsight.training.optim import build_adamw, clip_per_tensor, param_groups
@@ -40,8 +40,8 @@ def head(config: dict, dim: int, **kwargs) -> PrototypeHead:
 
 def load(net: nn.ModuleDict, state: dict[str, torch.Tensor]) -> None:
     """One network's official state into ours; nothing may be missing or left over."""
-    layout = detect(state.keys())[0]
-    assert layout in ("dino", "dinov2", "odis")
+    layout = recognise(state)[0]
+    assert layout in ("dino", "ibot", "selfpatch", "dinov2", "odis")
     parts = split(state, layout)
     assert not parts["left"]
     assert not parts["decoder"]

@@ -10,7 +10,8 @@ from torch import nn
 
 import official
 from golden_cases import assert_close, part
-from selfsight.interop.layouts import detect, jepa_networks, split
+from selfsight.interop.layouts import recognise, split
+from selfsight.interop.networks import jepa_networks
 from selfsight.nn.predictor import Predictor
 from selfsight.objectives.ijepa import IJEPA
 from selfsight.views.blocks import Blocks
@@ -44,7 +45,7 @@ def load(objective: IJEPA, state: dict[str, torch.Tensor], target: dict[str, tor
             network, name = key.split(".", 1)
             checkpoint.setdefault(prefix + network, {})[f"module.{name}"] = value
     for which, flat in jepa_networks(checkpoint).items():
-        assert detect(flat) == ["ijepa"]
+        assert recognise(flat) == ["ijepa"]
         parts, net = split(flat, "ijepa"), getattr(objective, which)
         assert not parts["left"] and not parts["mask_token"]
         net["backbone"].timm.load_state_dict(parts["backbone"])

@@ -11,7 +11,7 @@ from torch import nn
 import official
 from golden_cases import FOLDER, assert_close, cases, load, part
 from selfsight.data.rng import key_of
-from selfsight.interop.layouts import detect, split
+from selfsight.interop.layouts import recognise, split
 from selfsight.nn.correlation import CorrelationDecoder, enlarge, map_loss
 from selfsight.nn.heads import batch_norm_mlp
 from selfsight.objectives.cim import CIM, resize
@@ -26,7 +26,7 @@ KNOWN = ("corr_", "ema", "exemplar_geometry", "exemplar_stats", "export_timm")
 def build(config: dict, t: dict) -> CIM:
     """Our CIM with the official state of both networks, loaded through the checkpoint layout."""
     state = part(t, "state.") | part(t, "state_target.")
-    assert detect(state.keys())[0] == "cim"
+    assert recognise(state)[0] == "cim"
     parts = split(state, "cim")
     assert not parts["left"] and not parts["mask_token"]
     contrast = config["sigma_cont"] > 0

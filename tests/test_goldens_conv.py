@@ -10,7 +10,7 @@ from selfsight.backbones import convnext
 from selfsight.backbones.convnext import ConvNeXt
 from selfsight.backbones.shvit import SHViT
 from selfsight.backbones.tokens import Drop, Needs, patchify, pick
-from selfsight.interop.layouts import detect, fit, split
+from selfsight.interop.layouts import fit, recognise, split
 from selfsight.nn.fuse import enlarge
 from selfsight.nn.global_batchnorm import GlobalBatchNorm2d, to_global
 from selfsight.nn.losses import standardise
@@ -50,7 +50,7 @@ def order(mask):
 
 def official(state, layout, architecture, config, **args):
     """Backbone and the parts of an official state, the backbone loaded."""
-    assert layout in detect(state)
+    assert layout in recognise(state)
     size = config.get("input_size", config.get("input", config.get("img")))
     backbone = ConvNeXt(
         architecture, needs=Needs(hide=Drop), image_sizes=[size], depths=config["depths"], dims=config["dims"],

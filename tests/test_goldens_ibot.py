@@ -139,18 +139,25 @@ def test_heads(method, case):
             assert_close(named[name].grad, grad, name, **NEAR)
 
 
-@pytest.mark.parametrize("case", cases("ibot", ("vit_full_step",)))
-def test_ibot_whole_step(case):
-    info, t = load("ibot", case)
+def ibot_of(info: dict, t: dict) -> tuple[IBOT, dict]:
+    """The objective and the batch of a recorded step."""
     config = info["config"]
     backbone = official.vit(config["vit"], IBOT.needs)
     student = nn.ModuleDict({"backbone": backbone, "head": official.head(config["head"], 16)})
     pace = Pace(lambda step: config["ema_momentum"], lambda step: 0.055)
     objective = IBOT(student, official.NO_VIEWS, pace, Masking((4, 4), config["B"], ratio=(0.1, 1.0))).train()
-    official.load(objective.student, part(t, "state.student."))
-    official.load(objective.teacher, part(t, "state.teacher."))
     batch = official.views_of([t[f"input.crop{i}"] for i in range(4)])
     batch["mask"] = t["input.masks"].bool().flatten(2)
+    return objective, batch
+
+
+@pytest.mark.parametrize("case", cases("ibot", ("vit_full_step",)))
+def test_ibot_whole_step(case):
+    info, t = load("ibot", case)
+    config = info["config"]
+    objective, batch = ibot_of(info, t)
+    official.load(objective.student, part(t, "state.student."))
+    official.load(objective.teacher, part(t, "state.teacher."))
     hidden = objective.encode(objective.student, batch["images"]["global"], Replace(batch["mask"].flatten(0, 1)))
     assert_close(objective.student["head"](hidden.pooled), t["output.student_cls"], "student", **NEAR)
     assert_close(objective.student["head"](hidden.patches), t["output.student_patch"], "student patches", **NEAR)
@@ -277,9 +284,8 @@ def test_dinov2_vit_with_registers_and_masks():
     assert_close(dropped.pooled, plain.pooled, "all cells kept", atol=1e-5)
 
 
-@pytest.mark.parametrize("case", cases("dinov2", ("meta_step_",)))
-def test_dinov2_whole_step(case):
-    info, t = load("dinov2", case)
+def dinov2_of(info: dict, t: dict) -> tuple[IBOT, dict]:
+    """The objective and the batch of a recorded step."""
     config, cfg = info["config"], info["config"]["cfg"]
     separate, b = config["separate_head"], config["B"]
 
@@ -298,15 +304,23 @@ def test_dinov2_whole_step(case):
         Masking((4, 4), b, ratio=(0.1, 1.0)), koleo=config["koleo_loss_weight"], patch_center="masked",
         centering="sinkhorn" if "sinkhorn" in config["centering"] else "center",
     ).train()  # fmt: skip
-    official.load(objective.student, part(t, "state.student."))
-    official.load(objective.teacher, part(t, "state.teacher."))
-    objective.center.center.copy_(t["state.dino_loss.center"][0])
-    objective.center2.center.copy_(t["state.ibot_patch_loss.center"].flatten())
     views = {
         "global": t["input.global_crops"].unflatten(0, (2, b)),
         "local": t["input.local_crops"].unflatten(0, (-1, b)),
     }
     batch = {"images": views, "drop": dict.fromkeys(views), "mask": t["input.masks"].bool().unflatten(0, (2, b))}
+    return objective, batch
+
+
+@pytest.mark.parametrize("case", cases("dinov2", ("meta_step_",)))
+def test_dinov2_whole_step(case):
+    info, t = load("dinov2", case)
+    config = info["config"]
+    objective, batch = dinov2_of(info, t)
+    official.load(objective.student, part(t, "state.student."))
+    official.load(objective.teacher, part(t, "state.teacher."))
+    objective.center.center.copy_(t["state.dino_loss.center"][0])
+    objective.center2.center.copy_(t["state.ibot_patch_loss.center"].flatten())
     loss, logs = objective.loss(batch, 0)
     loss.backward()
     assert_close(loss, t["output.total_loss"], "total", **NEAR)

@@ -6,7 +6,7 @@ import torch
 from golden_cases import assert_close, cases, load, part
 from selfsight.backbones.tokens import Drop, Needs, patchify, pick
 from selfsight.backbones.vit import ViT
-from selfsight.interop.layouts import detect, split
+from selfsight.interop.layouts import recognise, split
 from selfsight.nn.decoders import PixelTransformer
 from selfsight.nn.losses import standardise
 from selfsight.nn.positions import sincos_2d
@@ -32,7 +32,7 @@ def official(config: dict, state: dict) -> MAE:
         backbone, decoder, image_size=config["img_size"], mask_ratio=config["mask_ratio"],
         norm_pixels=config["norm_pix_loss"],
     )  # fmt: skip
-    assert detect(state.keys()) == ["mae"]
+    assert recognise(state) == ["mae"]
     parts = split(state, "mae")
     assert not parts["left"]
     backbone.timm.load_state_dict(parts["backbone"])

@@ -15,6 +15,7 @@ COMMANDS = {
     "probe": "selfsight.probes.run:probe",
     "table": "selfsight.probes.table:table",
     "export": "selfsight.interop.export:export",
+    "import": "selfsight.interop.convert:convert",
     "prepare": "selfsight.data.prepare:prepare",
     "proposals": "selfsight.proposals:proposals",
     "index": "selfsight.data.manifest:index",
@@ -31,6 +32,7 @@ usage: selfsight <command> [key=value …]        selfsight <command> --help
   probe      accuracy or mIoU of a frozen backbone            selfsight probe checkpoint=runs/my-run
   table      many probes of several backbones side by side    selfsight table checkpoint=[runs/a,runs/b]
   export     a folder that timm opens                         selfsight export checkpoint=runs/my-run out=my-model
+  import     official weights to a folder that timm opens     selfsight import source=/d/dino.pth out=my-model
   prepare    images to well-formed shards                     selfsight prepare folder source=/d/images out=/d/shards
   proposals  object masks from a backbone's own features      selfsight proposals checkpoint=runs/my-run out=/d/objects
   index      index shards ahead of time                       selfsight index data.train='/d/train-{000..099}.tar'
@@ -52,6 +54,7 @@ what         objective=   {objective}
 data         data=        {data}
              data.train= data.val=   shard patterns        data.root= data.root_val=   folder, or text file of paths
              data.mean= data.std=    numbers, or auto      num_workers=
+start        init_from=   official checkpoint (MAE, DINO, iBOT, DINOv2, I-JEPA …), run folder, timm folder or name
 how long     max_steps=  or  max_epochs=  or  max_images=  batch_size= (over all processes)   seed=
 optimizer    optim.base_lr= (lr = base_lr * batch_size / 256)  optim.lr=  optim.weight_decay=
              optim.warmup= (100 | 5% | 40ep)   optim.clip=
@@ -132,6 +135,20 @@ checkpoint=  run folder (format=onnx: also an export folder or a timm model)
              step= last | best | <number>      which= student | teacher
 out=         new folder or .onnx file      overwrite=true replaces an old one
 format=      timm | onnx (pooled feature and patch tokens; needs the extra [onnx])
+""",
+    "import": """\
+Official weights to a folder that timm.create_model('local-dir:<out>', pretrained=True) opens.
+
+  {call} source=/d/dino_deitsmall16_pretrain.pth out=my-model
+  {call} source=ijepa:student:/d/IN1K-vit.h.14-300e.pth.tar out=my-model
+  {call} source=/d/tiny.pth backbone=vit_s backbone.embed_dim=96 backbone.num_heads=3 out=my-model
+
+source=      [layout:][student:|teacher:]<file>, a folder that timm opens, or [timm:]<name of a timm model>
+             layouts, told from the keys: mae dino ibot selfpatch dinov2 udi odis ijepa cim convnext fcmae spark shvit
+             left out: the teacher (or average) of a file that has one
+out=         new folder; overwrite=true replaces an old one
+backbone=    what the weights are of (left out: told from the file)     backbone.pos_resize= timm | official
+image_size=  other than that of the file's positions                    mean= std= that the weights have seen
 """,
     "prepare": """\
 Turn images into well-formed shards; broken files are listed in <out>/report.json.

@@ -305,8 +305,11 @@ def _check(command: str, cfg: DictConfig) -> None:
         _check_data(cfg.data)
     if command == "doctor" and cfg.data is not None and cfg.data.name == "scenes":
         _fill(cfg.data, "size", 64)
-    if "backbone" in cfg:
+    if command == "import" and not (cfg.source and cfg.out):
+        raise ConfigError("import needs source= and out=, for example source=/d/dino.pth out=my-model")
+    if "backbone" in cfg and cfg.backbone is not None:
         _check_backbone(cfg.backbone)
+    if "objective" in cfg:
         _check_not_yet(cfg)
         _check_epochs(cfg)
 
@@ -327,8 +330,6 @@ def _check_epochs(cfg: DictConfig) -> None:
 
 def _check_not_yet(cfg: DictConfig) -> None:
     """Keys whose meaning belongs to objectives that are not here: refused, never silently ignored."""
-    if cfg.init_from is not None:
-        raise ConfigError("init_from is not available in this version: leave it out to train from scratch")
     given = [f"views.{kind}.{k}" for kind in ("global", "local") for k, v in cfg.views[kind].items() if v is not None]
     if cfg.views["global"].n not in (None, 2) and "teacher_temp" in cfg.objective:
         raise ConfigError(f"views.global.n={cfg.views['global'].n}: self-distillation compares two global views; use 2")

@@ -805,6 +805,17 @@ class Export:
 
 
 @dataclasses.dataclass
+class Import:
+    backbone: Any = None
+    source: str | None = None
+    out: str | None = None
+    image_size: int | None = integer(None, 8)
+    mean: list[float] | None = numbers(None, None, -1e4, 1e4)
+    std: list[float] | None = numbers(None, None, 1e-6, 1e4)
+    overwrite: bool = False
+
+
+@dataclasses.dataclass
 class Prepare:
     kind: str | None = one_of(None, "folder", "list", "shards", "scenes")
     source: Any = _field(None, "a folder, a text file of paths, or a shard pattern", _patterns)
@@ -877,6 +888,7 @@ COMMANDS = {
     "table": Table,
     "eval": Eval,
     "export": Export,
+    "import": Import,
     "prepare": Prepare,
     "proposals": Proposals,
     "analysis": Analysis,

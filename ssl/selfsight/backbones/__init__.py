@@ -87,7 +87,9 @@ def build_backbone(
     if adapt != "none":
         raise BackboneError(f"adapt={adapt} is not available; adapt=none trains the whole backbone")
     given = {k: v for k, v in kwargs.items() if v is not None and (k, v) != ("registers", 0)}
-    wrong = [k for k in given if family != "vit" and k in _VIT_ONLY and not (k == "pos_resize" and given[k] == "timm")]
+    # SHViT's own embed_dim and depth are lists.
+    plain = [k for k, v in given.items() if k in _VIT_ONLY and not isinstance(v, (list, tuple))]
+    wrong = [k for k in plain if family != "vit" and (k, given[k]) != ("pos_resize", "timm")]
     if wrong:
         raise BackboneError(f"backbone.{wrong[0]} is for ViT; {name} is of the family {family}")
     if family != "vit":

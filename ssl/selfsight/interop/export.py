@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5
 FILES = ("config.json", "model.safetensors", "README.md")
+OFFICIAL = "positions at other sizes by the references' rule (backbone.pos_resize=official); timm resizes by its own"
 CARD_KEY = "selfsight"  # where config.json keeps the facts of the run; timm ignores it
 
 
@@ -140,6 +141,8 @@ def export_backbone(
     refuse_existing(out, overwrite)
     if crop_pct is None:
         crop_pct = crop_share(image_size)
+    if getattr(backbone, "pos_resize", "timm") == "official":
+        card = {"note": OFFICIAL} | dict(card)
     config = config_for(backbone, mean=mean, std=std, image_size=image_size, crop_pct=crop_pct, card=card)
     # Cloning unties shared storage, which safetensors refuses.
     state = {k: v.detach().to("cpu", torch.float32 if v.is_floating_point() else v.dtype).contiguous().clone()

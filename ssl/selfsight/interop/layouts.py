@@ -1,9 +1,9 @@
 """Official checkpoint layouts, as key tables: whose keys are these, and what are they called here?
 
-`split(state, layout)` sorts a state dict into "backbone" (timm's names), "decoder" (the names of `nn.decoders`,
-`nn.pixel_conv`, `nn.predictor` and `nn.correlation`), "heads" (the reference's own names, which are ours, too),
-"mask_token", "teacher" (a second backbone in the same file, timm's names), and "left" (what neither has: classifiers,
-mask tokens of other methods …, under their own names).
+`recognise(state)` names the layouts that fit; `split(state, layout)` sorts a state dict into "backbone" (timm's names),
+"decoder" (the names of `nn.decoders`, `nn.pixel_conv`, `nn.predictor` and `nn.correlation`), "heads" (the reference's
+own names, which are ours, too), "mask_token", "teacher" (a second backbone in the same file, timm's names), and "left"
+(what neither has: classifiers, mask tokens of other methods …, under their own names).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,8 +28,17 @@ _BLOCK_NAMES = (
     (r"\bpwconv(\d)\b", r"mlp.fc\1"),
     (r"\bgrn\.gamma\b", "mlp.grn.weight"),
     (r"\bgrn\.beta\b", "mlp.grn.bias"),
+    (r"\bmlp\.w12\b", "mlp.fc1"),
+    (r"\bmlp\.w3\b", "mlp.fc2"),
 )
 _SPARK = r"sparse_encoder\.sp_cnn\."
+_VIT = r"((?:cls_token|pos_embed|patch_embed|blocks|norm)\b.*)"  # what timm calls the same
+_DISTILLED: list[Rule] = [
+    (r"(?:backbone\.)?masked_embed", "mask_token", "mask_token"),
+    (r"backbone\.(.*)", "backbone", r"\1"),
+    (_VIT, "backbone", r"\1"),  # files of a backbone alone
+    (r"((?:head|ca_head|c_head|p_head)\..*)", "heads", r"\1"),
+]
 
 RULES: dict[str, list[Rule]] = {
     # facebookresearch/mae: the encoder's keys are timm's.
@@ -57,11 +65,14 @@ RULES: dict[str, list[Rule]] = {
         (r"dense_decoder\.dec\.(\d+)\.conv\.(.*)", "decoder", r"blocks.\1.conv.\2"),
         (r"dense_decoder\.proj\.(.*)", "decoder", r"proj.\1"),
     ],
-    # facebookresearch/dino, bytedance/ibot, alinlab/SelfPatch: one network of a training checkpoint.
-    "dino": [
-        (r"backbone\.masked_embed", "mask_token", "mask_token"),
-        (r"backbone\.(.*)", "backbone", r"\1"),
-        (r"((?:head|ca_head|c_head|p_head)\..*)", "heads", r"\1"),
+    # facebookresearch/dino, bytedance/ibot, alinlab/SelfPatch: one network of a training checkpoint, or its backbone.
+    "dino": _DISTILLED,
+    "ibot": _DISTILLED,
+    "selfpatch": _DISTILLED,
+    # ISL-CV/udi: two class tokens; three names for one head; the sampling attention has no place here.
+    "udi": [
+        (r"(?:backbone\.){0,2}" + _VIT, "backbone", r"\1"),
+        (r"head\.0\.(.*)", "heads", r"head.\1"),
     ],
     # ODIS with a class token beside the object token (a derivative's; there is no official code).
     "odis": [
@@ -76,7 +87,7 @@ RULES: dict[str, list[Rule]] = {
         (r"dino_head\.(.*)", "heads", r"head.\1"),
         (r"ibot_head\.(.*)", "heads", r"patch_head.\1"),
         (r"(?:backbone\.)?(?:blocks\.\d+\.(?=\d))(.*)", "backbone", r"blocks.\1"),  # chunked for FSDP
-        (r"(?:backbone\.)?((?:cls_token|pos_embed|patch_embed|blocks|norm)\b.*)", "backbone", r"\1"),
+        (r"(?:backbone\.)?" + _VIT, "backbone", r"\1"),
     ],
     # facebookresearch/ijepa, DMTJEPA/DMTJEPA: one network of `jepa_networks`, or an encoder's own file.
     "ijepa": [
@@ -102,56 +113,57 @@ RULES: dict[str, list[Rule]] = {
         (r"blocks([23])\.([012])\.(.*)", "backbone", r"down \1 \2 \3"),
         (r"blocks([23])\.(\d+)\.(.*)", "backbone", r"block \1 \2 \3"),
     ],
+    # timm's own names, without a classifier.
+    "timm": [
+        (r"(head\.norm\..*)", "backbone", r"\1"),
+        (r"((?:head|head_drop|head_dist|fc|fc_norm|classifier)\b.*)", "left", r"\1"),
+        (r"(.*)", "backbone", r"\1"),
+    ],
 }
+# Layouts that say more about the same keys: where the first fits, the second is not another reading.
+REFINES = {"fcmae": "convnext", "ibot": "dino", "selfpatch": "dino"}
 
 
 PARTS = ("backbone", "decoder", "heads", "mask_token", "teacher", "left")
 
 
-def detect(keys: Iterable[str]) -> list[str]:
-    """Layouts whose tell-tale keys are all there, the most specific first; [] for an unknown file."""
-    names = {_plain(key) for key in keys}
+def recognise(state: Mapping[str, Tensor]) -> list[str]:
+    """Layouts whose tell-tale keys are all there, the most specific first; [] for an unknown file.
 
-    def has(pattern: str) -> bool:
-        return any(re.match(pattern, name) for name in names)
-
-    found = []
-    if has(_SPARK):
-        found.append("spark")
-    if has(r"downsample_layers\.0\.0\."):
-        if has(r"(pred|proj)\.") and has("mask_token"):
-            found.append("fcmae")
-        found.append("convnext")
-    if has(r"blocks1\.0\.") and has(r"patch_embed\.0\."):
-        found.append("shvit")
-    if has(r"(backbone\.)?obj_token"):
-        found.append("odis")
-    if has(r"(backbone\.)?mask_token") and has(r"(backbone\.)?blocks\.\d+\.(\d+\.)?ls1\.gamma"):
-        found.append("dinov2")
-    if has(r"backbone\.blocks\.0\.attn\.qkv\.") and has(r"(head|ca_head)\."):
-        found.append("dino")
-    if has(r"encoder\.patch_embed\.proj\.") and has(r"encoder\.blocks\.0\.attn\.qkv\."):
-        found.append("ijepa")
-    if has(r"decoder_corr_block\."):
-        found.append("cim")
-    if has("cls_token") and has(r"patch_embed\.proj\.") and has(r"blocks\.0\.attn\.qkv\."):
-        found.append("mae")
-    return found
-
-
-def jepa_networks(checkpoint: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Student and teacher of an I-JEPA training file, each a flat state for `split(…, "ijepa")`.
-
-    The file has `encoder`, `predictor` and `target_encoder`, whose keys begin with DDP's `module.`. The teacher is what
-    the paper evaluates, while timm and others took over `encoder`. DMT-JEPA's heads are not in its files; here they
-    are `local_agg_head` and `target_local_agg_head`.
+    A ViT's encoder alone has the same names in several layouts: all of them are listed.
     """
-    found: dict[str, dict[str, Tensor]] = {"student": {}, "teacher": {}}
-    for name in ("encoder", "local_agg_head", "predictor", "target_encoder", "target_local_agg_head"):
-        which = "teacher" if name.startswith("target_") else "student"
-        for key, value in checkpoint.get(name, {}).items():
-            found[which][f"{name.removeprefix('target_')}.{_plain(key)}"] = value
-    return found
+    names = {plain(key): key for key in state}
+
+    def has(*patterns: str) -> bool:
+        return all(any(re.match(pattern, name) for name in names) for pattern in patterns)
+
+    def only(pattern: str) -> bool:
+        return all(re.fullmatch(pattern, name) for name in names)
+
+    tokens = [state[key].shape for name, key in names.items() if re.fullmatch(r"(backbone\.)*cls_token", name)]
+    two = any(len(shape) == 3 and shape[1] == 2 for shape in tokens)
+    vit = has(r"patch_embed\.proj\.", r"blocks\.0\.attn\.qkv\.") and not two
+    bare = vit and only(_VIT + r"|(head|fc_norm)\..*")
+    body, scaled = r"backbone\.blocks\.0\.attn\.qkv\.", r"(backbone\.)?blocks\.\d+\.(\d+\.)?ls1\.gamma"
+    objects = has(r"(backbone\.)?obj_token")
+    fits = {
+        "spark": has(_SPARK),
+        "fcmae": has(r"downsample_layers\.0\.0\.", r"(pred|proj)\.", "mask_token"),
+        "convnext": has(r"downsample_layers\.0\.0\."),
+        "shvit": has(r"blocks1\.0\.", r"patch_embed\.0\."),
+        "odis": objects,
+        "udi": two,
+        "dinov2": has(r"(backbone\.)?(mask_token|register_tokens)", scaled) or has(r"dino_head\."),
+        "selfpatch": has(body, r"ca_head\."),
+        "ibot": not objects and (has(r"backbone\.masked_embed") or has(body, r"head\.last_layer2\.")),
+        "dino": (has(body) and not two and not objects and not has(scaled)) or (bare and has("cls_token")),
+        "ijepa": (has(r"encoder\.patch_embed\.", r"encoder\.blocks\.0\.attn\.qkv\.") and not has(r"encoder\.cls_token"))
+        or (bare and not has("cls_token")),
+        "cim": has(r"decoder_corr_block\."),
+        "mae": has("cls_token") and (bare or (vit and has(r"decoder_blocks\.0\."))),
+        "timm": bare or (vit and has("reg_token")) or has(r"(stem|patch_embed)\.0\.", r"stages\.0\.blocks\.0\."),
+    }
+    return [layout for layout, fit in fits.items() if fit]
 
 
 def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tensor]]:
@@ -164,7 +176,7 @@ def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tenso
         raise KeyError(f"unknown checkpoint layout {layout!r}; known: {', '.join(RULES)}")
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for key, value in state.items():
-        name, value = _dense(_plain(key), value) if layout in ("fcmae", "convnext") else (_plain(key), value)
+        name, value = _dense(plain(key), value) if layout in ("fcmae", "convnext") else (plain(key), value)
         for pattern, part, new in RULES[layout]:
             match = re.fullmatch(pattern, name)
             if match:
@@ -182,6 +194,8 @@ def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tenso
         parts["teacher"] |= {k: v for k, v in parts["backbone"].items() if k in ("cls_token", "pos_embed")}
     if layout == "odis":
         _place_object_token(parts["backbone"])
+    if layout == "udi" and "cls_token" in parts["backbone"]:
+        _place_second_class_token(parts["backbone"])
     return parts
 
 
@@ -191,6 +205,13 @@ def _place_object_token(backbone: dict[str, Tensor]) -> None:
     table = backbone["pos_embed"]
     backbone["reg_token"] = backbone["cls_token"] + table[:, :1]
     backbone["cls_token"] = backbone.pop("obj_token") + table[:, 1:2]
+    backbone["pos_embed"] = table[:, 2:]
+
+
+def _place_second_class_token(backbone: dict[str, Tensor]) -> None:
+    """Two class tokens with positions to timm's class token and one register without: the first is read out."""
+    tokens, table = backbone["cls_token"], backbone["pos_embed"]
+    backbone["cls_token"], backbone["reg_token"] = (tokens + table[:, :2]).split(1, dim=1)
     backbone["pos_embed"] = table[:, 2:]
 
 
@@ -212,8 +233,11 @@ def fit(part: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     return {key: value.reshape(own[key].shape) if key in fits else value for key, value in part.items()}
 
 
-def _plain(key: str) -> str:
-    return re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+def plain(key: str) -> str:
+    """Without the prefixes of wrappers (DDP, torch.compile, checkpointing, FSDP); weight norm by its old names."""
+    key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+    key = re.sub(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.", "", key)
+    return re.sub(r"parametrizations\.weight\.original([01])$", lambda m: f"weight_{'gv'[int(m[1])]}", key)
 
 
 def _dense(name: str, value: Tensor) -> tuple[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from torch import nn
 
 from .. import config
 from ..interop.export import CARD_KEY, current_export, is_export, is_run, load_run, open_export
+from ..interop.hub import is_fixed, pretrained
+from ..interop.safe import WeightsError
 from . import ProbeError
 from .bank import crop_share
 
@@ -99,19 +100,11 @@ def _from_run(folder: Path, which: str | None, image_size: int | None, step: str
 
 
 def _from_hub(name: str, image_size: int | None) -> Loaded:
-    if "/" not in name and not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        raise ProbeError(
-            f"checkpoint={name} is neither a folder nor a timm model (nearest: {', '.join(near) or 'none'})"
-        )
     try:
-        plain = timm.create_model(name, pretrained=False, num_classes=0)
-        fixed = image_size and plain.pretrained_cfg.get("fixed_input_size")
-        kwargs = {"img_size": image_size} if fixed else {}
-        model = timm.create_model(name, pretrained=True, num_classes=0, **kwargs).eval()
-    except Exception as error:  # timm, the hub client and the network each raise their own
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ProbeError(f"the pretrained weights of timm's {name} cannot be had here ({why})") from error
+        kwargs = {"img_size": image_size} if image_size and is_fixed(name) else {}
+        model = pretrained(name, **kwargs)
+    except WeightsError as error:
+        raise ProbeError(f"checkpoint={name}: {error}") from error
     data = timm.data.resolve_model_data_config(model)
     size = image_size or int(data["input_size"][-1])
     facts = {"backbone": name, "objective": None, "which": None, "checkpoint": f"timm: {name}", "step": None}

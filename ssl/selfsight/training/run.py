@@ -38,6 +38,7 @@ from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
+from .start import fill, keep, kept, open_start
 from .stop import StopFlag
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
@@ -61,19 +62,20 @@ class Run:
     """One training run on this process."""
 
     def __init__(self, cfg: Any, flag: StopFlag):
-        self.cfg, self.flag, self.dir, self.sink = cfg, flag, Path(cfg.run_dir), None
+        self.cfg, self.flag, self.dir, self.sink, self.began = cfg, flag, Path(cfg.run_dir), None, None
         self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
         self._refuse_other_run()
+        self.start_path = checkpoint.newest(self.dir / "checkpoints")
+        self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
-            exports = list(build_objective(cfg, total_steps=1, steps_per_epoch=1).exports())
+            tried = build_objective(cfg, total_steps=1, steps_per_epoch=1)
+        self.weights = open_start(cfg.init_from, tried) if self.start_path is None else None
         self.source = self._open()
         self.val = open_source(cfg.data, "val")
         self.streaming = isinstance(self.source, Stream)
         self.num_samples = None if self.streaming else sum(self.source.lengths)
         self.total_steps = self._total_steps()
         self.steps_per_epoch = (self.num_samples or math.inf) / cfg.batch_size
-        self.start_path = checkpoint.newest(self.dir / "checkpoints")
-        self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         if self.start > self.total_steps:
             raise config.ConfigError(
                 f"{self.dir} is already at step {self.start}, beyond the {self.total_steps} that are asked for: "
@@ -81,7 +83,7 @@ class Run:
             )
         self.evals = Evals(EvalPlan(cfg, self.total_steps)) if cfg.eval else None
         if self.evals is not None:
-            self.evals.plan.check(exports)
+            self.evals.plan.check(list(tried.exports()))
         self.mean, self.std = self._normalisation()
 
     # -- what the run is -----------------------------------------------------------------------------------------
@@ -214,6 +216,8 @@ class Run:
         torch.manual_seed(cfg.seed)  # initial weights; nothing later draws from the global generator
         objective = build_objective(cfg, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
         optimizer_state, meta = self._load(objective)
+        if self.weights is not None:
+            self.began, self.weights = fill(objective, self.weights, self.mean, self.std), None
         o = cfg.optim
         self.module = Module(
             objective, o, self._schedule(), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
@@ -287,7 +291,7 @@ class Run:
         return make_loader(self.samples, positions, workers, on_gpu)
 
     def _begin(self, world: int, device: torch.device, plan: Plan, workers: int) -> None:
-        """Rank 0: claim the folder, say what will happen, judge the untrained backbone."""
+        """Rank 0: claim the folder, say what will happen, judge the backbone as it begins."""
         cfg, objective = self.cfg, self.module.objective
         self._claim_folder()
         precision = precision_of(cfg.trainer.precision, device.type == "cuda")
@@ -302,6 +306,9 @@ class Run:
             ),
             flush=True,
         )  # fmt: skip
+        if self.began is not None:
+            print(self.began.text(), flush=True)
+            keep(self.began, self.dir)
         self.sink = self._sink()
         plan.flops_per_image = step_flops_per_image(objective)
         if device.type == "cuda":
@@ -345,7 +352,7 @@ class Run:
         return WandB(self.cfg, self.dir)
 
     def _untrained(self, measure: bool, draw: bool) -> None:
-        """Numbers and pictures of the untrained backbone; numbers are row 0 of metrics.csv."""
+        """Numbers and pictures of the backbone as it begins; numbers are row 0 of metrics.csv."""
         numbers = self._evaluate(0, measure, draw) if measure or draw else {}
         if not measure:
             return
@@ -354,7 +361,8 @@ class Run:
         if self.sink is not None:
             self.sink.log(row, 0)
         if "knn" in numbers:
-            print(f"untrained: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
+            which = "untrained" if self.began is None else "at the start"
+            print(f"{which}: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
 
     def _evaluate(self, step: int, measure: bool, draw: bool) -> dict[str, float]:
         numbers = self.judge.evaluate(step, measure, draw)
@@ -372,7 +380,7 @@ class Run:
             "epochs": images / self.num_samples if self.num_samples else None,
             "seconds": seconds, "processes": world, "run_dir": str(self.dir), "objective": cfg.objective.name,
             "backbone": cfg.backbone.name, "provenance": provenance.collect(device),
-        }  # fmt: skip
+        } | kept(self.dir)  # fmt: skip
         self.module.eval()
         export_backbone(
             self.judge.backbone(), self.dir / "export", mean=self.mean, std=self.std, image_size=cfg.image_size,

@@ -111,10 +111,11 @@ def closing_table(summary: dict, run_dir: Path) -> str:
         value = summary.get(key)
         return "-" if value is None else form.format(value)
 
+    first = "at the start" if summary.get("init") else "untrained backbone"
     rows = [
         ("loss, start", show("loss_first", "{:.4f}")),
         ("loss, end", show("loss_last", "{:.4f}")),
-        ("k-NN, untrained backbone", show("knn_untrained", "{:.1f} %")),
+        (f"k-NN, {first}", show("knn_untrained", "{:.1f} %")),
         ("k-NN, raw pixels", show("knn_raw_pixels", "{:.1f} %")),
         ("k-NN, trained backbone", show("knn", "{:.1f} %")),
         ("RankMe", show("rankme", "{:.1f}")),
