@@ -26,6 +26,7 @@ from ..schema import SCHEMAS
 from .tokens import Backbone, BackboneError
 from .watch import blocks_of
 
+TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 MERGES = ("lora", "apla", "bitfit")  # kinds whose result is a plain timm model
 
 
@@ -49,10 +50,6 @@ class Taps(NamedTuple):
             if tap in targets and tap != "qkv":
                 found[tap] = [(0, layer.weight.shape[0])]
         return found
-
-    def targets(self) -> list[str]:
-        """Everything that `spans` knows here."""
-        return [t for t in ("q", "k", "v", "proj", "fc1", "fc2") if self.spans([t])]
 
 
 class Adapters(nn.Module):
@@ -171,7 +168,7 @@ def refuse(backbone: Backbone, settings: Mapping[str, Any], taps: Sequence[Taps]
             f"adapt={kind} needs the blocks of ViT, ConvNeXt or SHViT, and {name} is a generic timm model; use "
             "adapt=bitfit or adapt=none"
         )
-    has = [target for target in taps[-1].targets()]
+    has = [target for target in TARGETS if any(tap.spans([target]) for tap in taps)]
     if kind == "apla":
         if "proj" not in has:
             raise BackboneError(

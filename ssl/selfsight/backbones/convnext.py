@@ -224,7 +224,8 @@ class ConvNeXt(Backbone):
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else getattr(self.timm.head, "norm", None)
 
-    def taps(self, block: ConvNeXtBlock) -> Taps:
+    @staticmethod
+    def taps(block: ConvNeXtBlock) -> Taps:
         return Taps(block.conv_dw.out_channels, {"fc1": block.mlp.fc1, "fc2": block.mlp.fc2}, (), ("fc1", "fc2"))
 
     def freeze_pooled(self) -> None:

@@ -201,7 +201,8 @@ class SHViT(Backbone):
             patches = pick(patches, self.to_tokens(hide.ids, size))
         return self.read_out(Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers)), focus)
 
-    def taps(self, block: BasicBlock) -> Taps:
+    @staticmethod
+    def taps(block: BasicBlock) -> Taps:
         layers, parts = {"fc1": block.ffn.m.pw1.c, "fc2": block.ffn.m.pw2.c}, ()
         if not isinstance(block.mixer, nn.Identity):
             mixer = block.mixer.m

@@ -151,7 +151,8 @@ class Backbone(nn.Module):
         if norm is not None and not (kept and any(norm is module for module in self.timm.modules())):
             norm.requires_grad_(True)
 
-    def taps(self, block: nn.Module) -> Taps | None:
+    @staticmethod
+    def taps(block: nn.Module) -> Taps | None:
         """Where a block of timm's model can be adapted; None: nowhere."""
         return None
 

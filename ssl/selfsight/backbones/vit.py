@@ -220,7 +220,8 @@ class ViT(Backbone):
     def final_norm(self) -> nn.Module:
         return self.timm.norm
 
-    def taps(self, block: Block) -> Taps:
+    @staticmethod
+    def taps(block: Block) -> Taps:
         layers = {"qkv": block.attn.qkv, "proj": block.attn.proj}
         if type(block.mlp) is Mlp:
             layers |= {"fc1": block.mlp.fc1, "fc2": block.mlp.fc2}

@@ -12,6 +12,7 @@ ROWS = {
     "objective": "Objective",
     "backbone": "Backbone",
     "which": "Weights",
+    "adapted": "Adapted",
     "data": "Data",
     "steps": "Steps",
     "epochs": "Epochs",
@@ -44,7 +45,17 @@ tags:
 A `{architecture}` backbone, pretrained without labels by selfsight.
 It has no classifier: it turns images into features.
 
-## Load it in four lines
+{load}
+## How it was made
+
+| | |
+|---|---|
+{rows}
+{recipe}
+Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
+"""
+
+LOAD = """## Load it in four lines
 
 ```python
 import timm
@@ -57,14 +68,24 @@ features = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {num_f
 `pretrained=True` matters: without it timm builds the architecture with random weights and does not say so.
 `num_classes=10` adds a fresh classifier, `features_only=True` returns feature maps{resize}.
 `model.forward_features(x)` returns the tokens or the last map.
+"""
 
-## How it was made
+LOAD_ADAPTED = """## Load it in four lines
 
-| | |
-|---|---|
-{rows}
-{recipe}
-Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
+`model.safetensors` is the **frozen** model that was adapted, and timm alone opens that. What was learnt is in
+`adapter.safetensors`; it cannot be merged, so the adapted model needs a loader:
+
+```python
+import timm
+from selfsight.interop.adapted import load_adapted
+
+model = load_adapted("{out}")
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+features = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {num_features}]
+```
+
+`num_classes=10` adds a fresh classifier{resize}.
+`model.forward_features(x)` returns the tokens or the last map.
 """
 
 
@@ -101,12 +122,11 @@ def write_card(config: Mapping[str, Any], card: Mapping[str, Any], out: str) -> 
     pretrained = config["pretrained_cfg"]
     title = " · ".join(str(card[k]) for k in ("objective", "backbone") if card.get(k)) or config["architecture"]
     resize = ", `img_size=…` another input size" if pretrained["fixed_input_size"] else ""
+    load = LOAD_ADAPTED if "adapter.safetensors" in str(card.get("adapted")) else LOAD
     return TEMPLATE.format(
         title=title,
         architecture=config["architecture"],
-        out=out,
-        num_features=config["num_features"],
-        resize=resize,
+        load=load.format(out=out, num_features=config["num_features"], resize=resize),
         rows=table(card),
         recipe=_recipe(card),
         mean=[round(m, 4) for m in pretrained["mean"]],
