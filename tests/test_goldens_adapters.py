@@ -24,13 +24,13 @@ def test_every_case_is_known():
 def official(state, up, *, norm, scale):
     """Our bottleneck with the weights of an official adapter, which holds one down- and three up-projections."""
     rank, dim = state["down_proj.weight"].shape
-    learnt = "scale" in state
-    ours = Bottleneck(dim, rank, scale=0.1 if learnt else float(scale), learn_scale=learnt, norm=norm).double()
+    learn = isinstance(scale, torch.Tensor)
+    ours = Bottleneck(dim, rank, scale=1.0 if learn else scale, learn_scale=learn, norm=norm).double()
     own = {f"down.{k}": state[f"down_proj.{k}"] for k in ("weight", "bias")}
     own |= {f"up.{k}": state[f"{up}.{k}"] for k in ("weight", "bias")}
     if norm:
         own |= {f"norm.{k}": state[f"adapter_layer_norm_before.{k}"] for k in ("weight", "bias")}
-    ours.load_state_dict(own | ({"scale": state["scale"]} if learnt else {}))
+    ours.load_state_dict(own | ({"scale": scale} if learn else {}))
     return ours
 
 
@@ -39,30 +39,46 @@ def compare(mine, tensors, key):
     assert_close(mine.float(), tensors[f"output.{key}"], key, atol=1e-5, of_largest=1e-4 if "grad" in key else 0.0)
 
 
-@pytest.mark.parametrize("case", cases("uniadapter", MODULES))
+@pytest.mark.parametrize("case", cases("uniadapter", ("text", "visual")))
 def test_a_bottleneck_is_the_official_adapter(case):
     info, tensors = load("uniadapter", case)
     config, state = info["config"], part(tensors, "state.", torch.float64)
-    up = UP[config["mode"]]
-    ours = official(state, up, norm=config["adapter_layernorm_option"] == "in", scale=_number(config["adapter_scalar"]))
+    up, norm = UP[config["mode"]], config["adapter_layernorm_option"] == "in"
+    ours = official(state, up, norm=norm, scale=float(config["adapter_scalar"]))
     x = tensors["input.x"].double().requires_grad_()
     delta = ours(x)
+    compare_all(delta, x, tensors, {"down_proj.weight": ours.down.weight, f"{up}.weight": ours.up.weight})
+
+
+@pytest.mark.parametrize("case", cases("uniadapter", ("multimodal",)))
+def test_the_cross_modal_mode_is_a_norm_of_two_bottlenecks_that_share_their_first_half(case):
+    _, tensors = load("uniadapter", case)
+    state = part(tensors, "state.", torch.float64)
+    text = official(state, "up_proj", norm=True, scale=1.0)
+    both = official(state, "multi_up_proj", norm=True, scale=1.0)
+    both.down = text.down
+    x, scale = tensors["input.x"].double().requires_grad_(), state["scale"].requires_grad_()
+    norm = [state[f"adapter_layer_norm_cross_modal.{k}"] for k in ("weight", "bias")]
+    delta = scale * nn.functional.layer_norm(text(x) + both(x), (x.shape[-1],), *norm)
+    names = {"down_proj.weight": text.down.weight, "multi_up_proj.weight": both.up.weight, "scale": scale}
+    compare_all(delta, x, tensors, names)
+
+
+def compare_all(delta, x, tensors, names):
+    """The difference, its sum with the input, and every recorded gradient of sum(w * difference)."""
     compare(delta, tensors, "delta")
     compare(x + delta, tensors, "with_residual")
-    names = {"down_proj.weight": ours.down.weight, f"{up}.weight": ours.up.weight, "x": x, "scale": ours.scale}
-    gradients = [k.removeprefix("output.grad.") for k in tensors if k.startswith("output.grad.")]
-    weights = tensors["input.w"].double()
-    for variant in (delta, x + delta):  # which of the two was differentiated is told by the input's gradient
-        found = torch.autograd.grad((variant * weights).sum(), [names[k] for k in gradients], retain_graph=True)
-        of_input = found[gradients.index("x")]
-        if (of_input - tensors["output.grad.x"]).abs().max() < 1e-4:
-            break
-    for name, gradient in zip(gradients, found, strict=True):
+    names = names | {"x": x}
+    kept = [k.removeprefix("output.grad.") for k in tensors if k.startswith("output.grad.")]
+    assert kept
+    gradients = torch.autograd.grad((delta * tensors["input.w"]).sum(), [names[k] for k in kept])
+    for name, gradient in zip(kept, gradients, strict=True):
         compare(gradient, tensors, f"grad.{name}")
 
 
-def _number(word):
-    return 0.1 if word == "learnable_scalar" else float(word)
+def test_the_learnt_scale_is_one_trained_factor():
+    ours = Bottleneck(12, 5, learn_scale=True)
+    assert ours.scale.shape == (1,) and ours.scale.item() == pytest.approx(0.1) and ours.scale.requires_grad
 
 
 @pytest.mark.parametrize("case", cases("uniadapter", MODULES))
