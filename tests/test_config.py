@@ -96,6 +96,34 @@ def test_yaml_and_schema_have_the_same_keys(command):
     assert {k for k in tree if k != "defaults"} == known - base
 
 
+@pytest.mark.parametrize("kind", config.options("adapt"))
+def test_every_adapter_composes_with_its_options(kind):
+    assert train(f"adapt={kind}").adapt.name == kind
+    assert train("adapt=lora", "adapt.rank=16", "adapt.targets=q").adapt.targets == ["q"]
+    assert train("adapt=apla", "adapt.rank=16").adapt.rank == 16
+    assert "adapt.rank=some: expected full or" in sentence("adapt=apla", "adapt.rank=some")
+    assert "adapt.targets=x: expected one or several of q, k, v" in sentence("adapt=lora", "adapt.targets=x")
+
+
+def test_adapters_change_the_run_and_none_of_them_keeps_its_folder(tmp_path):
+    assert train("adapt=lora").run_dir != train("adapt=lora", "adapt.rank=4").run_dir != train().run_dir
+    config.save(train(), tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("adapt:\n  name: none\n", "adapt: none\n"))  # as it once was
+    old = config.read(tmp_path / "config.yaml")
+    assert old.adapt.name == "none" and config.diff(old, train()) == []
+    assert config.diff(old, train("adapt=bitfit")) == [
+        "adapt: none -> bitfit", "adapt.biases: absent -> True", "adapt.norms: absent -> True",
+    ]  # fmt: skip
+
+
+def test_stochastic_depth_is_off_in_front_of_frozen_weights():
+    words = ("data=folder", "data.root=/d", "objective=dino")
+    assert train(*words).backbone.drop_path > 0
+    assert train(*words, "adapt=lora").backbone.drop_path == 0
+    assert train(*words, "adapt=lora", "backbone.drop_path=0.2").backbone.drop_path == 0.2
+
+
 def test_shard_patterns_pass_as_typed():
     pattern = "/d/train-{000000..000099}.tar"
     assert train("data=shards", f"data.train={pattern}").data.train == pattern
@@ -119,6 +147,8 @@ def test_shard_patterns_pass_as_typed():
         ("backbone=resnet50", ["backbone=timm backbone.name=resnet50"]),
         ("experiment=mae_vitb", ["'mae_vit_b'"]),
         ("optim=sgd", ["valid: adamw"]),
+        ("adapt=lorra", ["did you mean 'lora'", "bitfit"]),
+        ("adapt.rank=4", ["'adapt.rank'", "name"]),
     ],
 )
 def test_unknown_words_name_the_nearest(override, words):

@@ -31,6 +31,12 @@ CASES = {
     if objective in ("mae", "ijepa") or family != "convnext"  # V1 and V2 differ where cells are hidden by dropping them
 } | {
     "dino-timm": ("objective=dino", "backbone=timm", "backbone.name=resnet10t", "image_size=64"),
+    **{
+        f"dino-vit-{kind}": ("objective=dino", *FAMILIES["vit"], f"adapt={kind}")
+        for kind in ("uniadapter", "adaptformer", "lora", "apla", "bitfit")
+    },
+    "mae-convnextv2-lora": ("objective=mae", *FAMILIES["convnextv2"], "adapt=lora"),
+    "ibot-shvit-uniadapter": ("objective=ibot", *FAMILIES["shvit"], "adapt=uniadapter"),
     "mae-vit-bf16": ("objective=mae", *FAMILIES["vit"], BF16),
     "ibot-vit-bf16": ("objective=ibot", *FAMILIES["vit"], BF16),
     "dmt_jepa-vit-bf16": ("objective=dmt_jepa", *FAMILIES["vit"], BF16),

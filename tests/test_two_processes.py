@@ -57,6 +57,11 @@ CASES = {
         "objective=cim", "backbone=vit_nano", "image_size=32", "objective.sigma_cont=0.5", "objective.exemplars=2",
         "objective.projector_hidden=16", "objective.projector_dim=8",
     ),
+    **{
+        f"dino vit {kind}": ("objective=dino", "backbone=vit_nano", "image_size=32", f"adapt={kind}")
+        for kind in ("uniadapter", "adaptformer", "lora", "apla", "bitfit")
+    },
+    "dino shvit lora": ("objective=dino", "backbone=shvit_nano_lite", "image_size=64", "adapt=lora"),
     "cim shvit": ("objective=cim", "backbone=shvit_nano_lite", "image_size=128", "objective.exemplars=2"),
 }  # fmt: skip
 FAST = (
@@ -71,6 +76,11 @@ FAST = (
     "ijepa vit",
     "dmt_jepa vit",
     "cim vit",
+    "dino vit uniadapter",
+    "dino vit adaptformer",
+    "dino vit lora",
+    "dino vit apla",
+    "dino vit bitfit",
 )
 BATCH, STEPS = 8, 2
 

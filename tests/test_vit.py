@@ -137,7 +137,6 @@ def test_patchify_is_row_column_channel_and_invertible():
         (lambda: build_backbone("vit_base_patch16_siglip_224", Needs(hide=Drop), image_sizes=(224,)), "not a plain"),
         (lambda: build_backbone("vit_basee_patch16_224", Needs(), image_sizes=(224,)), "nearest: vit_base_patch16_224"),
         (lambda: build_backbone("convnext_tiny", Needs(), image_sizes=(64,), embed_dim=64), "embed_dim is for ViT"),
-        (lambda: build_backbone("vit_nano", Needs(), image_sizes=(64,), adapt="lora"), "adapt=lora"),
     ],
 )
 def test_refusals_are_one_sentence(call, words):

@@ -51,6 +51,8 @@ what         objective=   {objective}
                           convnext_nano_lite convnextv2_nano_lite shvit_nano_lite
                           timm backbone.name=<any timm model>
              backbone.patch_size= .embed_dim= .depth= .num_heads=   image_size=
+adapt        adapt=       {adapt}   (frozen but for a few parameters)
+             adapt.rank=  adapt.alpha=  adapt.targets=[q,v]  adapt.placement=
 data         data=        {data}
              data.train= data.val=   shard patterns        data.root= data.root_val=   folder, or text file of paths
              data.mean= data.std=    numbers, or auto      num_workers=
@@ -298,7 +300,7 @@ def _command(word: str) -> str:
 def _help(command: str, call: str) -> str:
     from .config import options
 
-    words = {group: " | ".join(options(group)) for group in ("objective", "data", "probe", "logger")}
+    words = {group: " | ".join(options(group)) for group in ("objective", "adapt", "data", "probe", "logger")}
     recipes = options("experiment")
     rows = ["  ".join(recipes[i : i + 4]) for i in range(0, len(recipes), 4)]
     return HELP[command].format(call=call, experiment=("\n" + " " * 26).join(rows), **words)

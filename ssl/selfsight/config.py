@@ -448,8 +448,8 @@ def _fill_fallbacks(cfg: DictConfig, source: DictConfig) -> None:
 
 def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
     optim, fast = cfg.optim, recipe.quick
-    if cfg.backbone.family == "timm":
-        _fill(cfg.backbone, "drop_path", 0.0)  # many models have none
+    if cfg.backbone.family == "timm" or cfg.adapt.name != "none":
+        _fill(cfg.backbone, "drop_path", 0.0)  # many models have none; frozen ones were trained with theirs
     if quick:
         _fill_fallbacks(cfg, fast)
         if all(cfg[k] is None for k in DURATIONS):
@@ -492,7 +492,9 @@ def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
 def _result(cfg: DictConfig) -> dict[str, Any]:
     """Key -> value of everything that changes what is computed."""
     pairs = _flatten(OmegaConf.to_container(cfg, resolve=True))
-    return {k: v for k, v in pairs if not any(k == skip or k.startswith(f"{skip}.") for skip in NOT_IN_RESULT)}
+    kept = {k: v for k, v in pairs if not any(k == skip or k.startswith(f"{skip}.") for skip in NOT_IN_RESULT)}
+    # As it was before it became a group: folders of runs without adapters keep their names.
+    return {"adapt" if k == "adapt.name" else k: v for k, v in kept.items()}
 
 
 def result_hash(cfg: DictConfig) -> str:
@@ -542,6 +544,8 @@ def read(path: Path | str) -> DictConfig:
 
 def _complete(tree: dict[str, Any]) -> None:
     """Keys of groups that the run of an earlier version does not know get their defaults."""
+    if isinstance(tree.get("adapt"), str):
+        tree["adapt"] = {"name": tree["adapt"]}
     for group, schema in SCHEMAS.items():
         node = tree.get(group)
         if not isinstance(node, dict):

@@ -40,6 +40,7 @@ from .data.proposals import agreement, label_map, maskcut, resize_ids
 from .data.sidecar_writer import Labelled, SideCar, is_complete, plan, read_back, write
 from .data.source import DataError, SampleError, Source
 from .probes.bank import encode, normalise, subset
+from .probes.readout import plain
 from .probes.run import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .schema import ConfigError
 from .training.pictures import grid as sheet
@@ -66,7 +67,10 @@ class Finder:
     """
 
     def __init__(self, loaded: Loaded, kind: str, center: bool, device: torch.device, **settings: Any):
-        self.model, self.kind, self.center, self.device = loaded.model.to(device).eval(), kind, center, device
+        model = loaded.model
+        if isinstance(model, Backbone) and model.adapters is not None:
+            model = plain(model, loaded.image_size)  # a hook on timm's layer does not see what stands beside it
+        self.model, self.kind, self.center, self.device = model.to(device).eval(), kind, center, device
         self.mean, self.std, self.size, self.settings = loaded.mean, loaded.std, loaded.image_size, settings
         self.name = loaded.facts["backbone"]
         self.layer, self.fused = self._key_layer()

@@ -128,7 +128,7 @@ def some(default: list[float], low: float) -> Any:
     return _field(default, f"one or several numbers of at least {low:g} such as {default}", parse)
 
 
-def words(default: list[str], *choices: str) -> Any:
+def words(default: list[str] | None, *choices: str) -> Any:
     """Words from a list; one alone may stand without brackets."""
 
     def parse(values: Any) -> list[str]:
@@ -160,6 +160,10 @@ def _listed(values: Any) -> list[Any]:
 
 def _auto_or_count(v: Any) -> Any:
     return v if v == "auto" else _require(int(v) >= 1, int(v))
+
+
+def _full_or_count(v: Any) -> Any:
+    return v if v == "full" else _require(int(v) >= 1, int(v))
 
 
 def _auto_or_bool(v: Any) -> Any:
@@ -509,6 +513,48 @@ class Trainer:
 
 
 @dataclasses.dataclass
+class NoAdapter:
+    name: str = one_of("none", "none")
+
+
+@dataclasses.dataclass
+class UniAdapter:
+    name: str = one_of("uniadapter", "uniadapter")
+    rank: int = integer(64)
+    scale: float = number(0.1)
+    learn_scale: bool = False
+    norm: bool = False
+    placement: str = one_of("after_attn", "after_attn", "parallel_mlp")
+
+
+@dataclasses.dataclass
+class AdaptFormer(UniAdapter):
+    name: str = one_of("adaptformer", "adaptformer")
+    placement: str = one_of("parallel_mlp", "after_attn", "parallel_mlp")
+
+
+@dataclasses.dataclass
+class LoRA:
+    name: str = one_of("lora", "lora")
+    rank: int = integer(8)
+    alpha: float = number(16.0)
+    targets: Any = words(None, "q", "k", "v", "proj", "fc1", "fc2")
+
+
+@dataclasses.dataclass
+class APLA:
+    name: str = one_of("apla", "apla")
+    rank: Any = _field("full", "full or a whole number of at least 1", _full_or_count)
+
+
+@dataclasses.dataclass
+class BitFit:
+    name: str = one_of("bitfit", "bitfit")
+    biases: bool = True
+    norms: bool = True
+
+
+@dataclasses.dataclass
 class Logger:
     name: str = one_of("csv", "csv", "wandb")
     project: str = "selfsight"
@@ -701,6 +747,7 @@ class Train:
     objective: Any = None
     backbone: Any = None
     data: Any = None
+    adapt: Any = None
     optim: Any = None
     trainer: Any = None
     logger: Any = None
@@ -714,7 +761,6 @@ class Train:
     image_size: int | None = integer(None, 8)
     num_workers: int | None = integer(None, 0)
     init_from: str | None = None
-    adapt: str = "none"
     deterministic: str = one_of("data", "data", "exact")
     allow_change: bool = False
     log_every_n_steps: int | None = integer(None)
@@ -909,6 +955,14 @@ SCHEMAS: dict[str, Any] = {
     },
     "backbone": BackboneConfig,
     "data": {"shards": Data, "folder": Data, "scenes": Scenes},
+    "adapt": {
+        "none": NoAdapter,
+        "uniadapter": UniAdapter,
+        "adaptformer": AdaptFormer,
+        "lora": LoRA,
+        "apla": APLA,
+        "bitfit": BitFit,
+    },
     "optim": AdamW,
     "trainer": Trainer,
     "logger": Logger,

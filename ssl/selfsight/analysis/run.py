@@ -160,7 +160,7 @@ def _plain(loaded: Loaded) -> torch.nn.Module:
     """The timm model itself: what is exported, whose blocks hooks can watch. It is ours alone, so it may be resized."""
     if not isinstance(loaded.model, Backbone):
         return loaded.model
-    model = loaded.model.timm
+    model = loaded.model.plain()
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=loaded.image_size)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def build_backbone(
     needs: Needs,
     *,
     image_sizes: Sequence[int],
-    adapt: str = "none",
+    adapt: str | Mapping[str, Any] = "none",
     patch_size: int | None = None,
     drop_path: float = 0.0,
     **kwargs: Any,
@@ -79,13 +79,13 @@ def build_backbone(
     """Build a backbone by one of our names or any timm name; BackboneError in one sentence if it cannot serve.
 
     image_sizes: the sides it will see, main size first. kwargs (None = the model's own): embed_dim, depth, num_heads,
-    registers, pos_resize for ViT. The result is checked against timm's own forward.
+    registers, pos_resize for ViT. The result is checked against timm's own forward. adapt: a kind of adapter, or a
+    mapping of the keys of `conf/adapt` (see `adapters`): timm's weights are frozen but for what that kind trains.
     """
+    from .adapters import adapt_backbone
     from .tokens import BackboneError
 
     family, architecture, model_args = family_of(name)
-    if adapt != "none":
-        raise BackboneError(f"adapt={adapt} is not available; adapt=none trains the whole backbone")
     given = {k: v for k, v in kwargs.items() if v is not None and (k, v) != ("registers", 0)}
     # SHViT's own embed_dim and depth are lists.
     plain = [k for k, v in given.items() if k in _VIT_ONLY and not isinstance(v, (list, tuple))]
@@ -102,20 +102,27 @@ def build_backbone(
         given["reg_tokens"] = given.pop("registers")
     common = {"needs": needs, "image_sizes": image_sizes, "drop_path": drop_path}
     try:
-        return _build(family, architecture, **common, **model_args | given)
+        backbone = _build(family, architecture, **common, **model_args | given)
     except BackboneError:
         # Relatives of a family (distilled tokens, other blocks) still serve objectives that hide nothing.
         if name in NAMES or family == "timm" or given or needs.hide or needs.focus or needs.attention:
             raise
-        return _build("timm", architecture, **common)
+        backbone = _build("timm", architecture, **common)
+    adapt_backbone(backbone, adapt)
+    return backbone
+
+
+def class_of(family: str) -> type[Backbone]:
+    """The class of a family (`family_of`)."""
+    module, cls = _CLASSES[family].split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), cls)
 
 
 def _build(family: str, architecture: str, **kwargs: Any) -> Backbone:
     from .tokens import BackboneError
 
-    module, cls = _CLASSES[family].split(":")
     try:
-        backbone = getattr(importlib.import_module(f".{module}", __package__), cls)(architecture, **kwargs)
+        backbone = class_of(family)(architecture, **kwargs)
     except AssertionError as error:  # how some timm models refuse an argument
         raise BackboneError(
             f"timm cannot build {architecture} in the way that this objective needs: {error}"

@@ -20,6 +20,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from ..nn.fuse import StageFusion, enlarge, flat, focus_weight, pooled_mean, stages_for, visibility
+from .adapters import Taps, added, added_map
 from .tokens import Backbone, BackboneError, Drop, Needs, Replace, Tokens, pick
 
 
@@ -37,27 +38,49 @@ def respond(grn: GlobalResponseNorm, x: Tensor, visible: Tensor | None) -> Tenso
     return x + torch.addcmul(grn.bias.view(grn.wb_shape), grn.weight.view(grn.wb_shape), x * relative)
 
 
-def run_block(block: ConvNeXtBlock, x: Tensor, visible: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+def run_block(
+    block: ConvNeXtBlock,
+    x: Tensor,
+    visible: Tensor | None = None,
+    drop: Tensor | None = None,
+    adapt: nn.ModuleDict | None = None,
+) -> Tensor:
     """One block, x [B, C, h, w], zero at hidden sites before and after.
 
-    visible: float [B, 1, h, w], 1 = visible, None = all. drop: [B] factor of the residual branch.
+    visible: float [B, 1, h, w], 1 = visible, None = all. drop: [B] factor of the residual branch. adapt: adapters by
+    tap: parallel_mlp reads what the MLP's norm reads, after_attn (there is none) the stream after the block.
     """
-    y, seen = block.conv_dw(x), visible
+    y, seen, add = block.conv_dw(x), visible, added_map
+    mixed = y
     if not block.use_conv_mlp:
-        y = y.permute(0, 2, 3, 1)
+        y, add = y.permute(0, 2, 3, 1), added
         seen = None if visible is None else visible.permute(0, 2, 3, 1)
-    mlp = block.mlp
-    y = mlp.act(mlp.fc1(block.norm(y)))
+    mlp, y = block.mlp, block.norm(y)
+    y = mlp.act(add(mlp.fc1(y), adapt, "fc1", y))
     if isinstance(mlp, GlobalResponseNormMlp):
         y = respond(mlp.grn, y, seen)
-    y = mlp.fc2(y)
+    y = add(mlp.fc2(y), adapt, "fc2", y)
     if not block.use_conv_mlp:
         y = y.permute(0, 3, 1, 2)
     if block.gamma is not None:
         y = y * block.gamma.view(1, -1, 1, 1)
     if drop is not None:
         y = y * drop.view(-1, 1, 1, 1).to(y.dtype)
-    return x + (y if visible is None else y * visible)
+    y = added_map(y, adapt, "parallel_mlp", mixed)
+    x = x + (y if visible is None else y * visible)
+    if adapt is None:
+        return x
+    x = added_map(x, adapt, "after_attn", x)  # its biases speak at hidden sites, too
+    return x if visible is None else x * visible
+
+
+class AdaptedBlock(ConvNeXtBlock):
+    """timm's block with bottleneck adapters in it, for models that leave this package."""
+
+    adapter: nn.ModuleDict
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_block(self, x, adapt=self.adapter)
 
 
 class ConvNeXt(Backbone):
@@ -71,6 +94,8 @@ class ConvNeXt(Backbone):
     place of head.norm). maps under Drop are dense and zero at hidden sites. depth = blocks; a block has one residual
     branch, so row 2i of a drop-path table belongs to block i and row 2i + 1 is not used.
     """
+
+    adapted_block = AdaptedBlock
 
     def __init__(
         self, architecture: str, *, needs: Needs, image_sizes: Sequence[int], drop_path: float = 0.0, **model_args
@@ -159,7 +184,8 @@ class ConvNeXt(Backbone):
                 x = stage.downsample(x)
                 x = x if seen is None else x * seen
             for block in stage.blocks:
-                x = self.block_fn(block, x, seen, None if drop_path is None else drop_path[2 * i])
+                drop = None if drop_path is None else drop_path[2 * i]
+                x = self.block_fn(block, x, seen, drop, self.beside(i))
                 i += 1
             maps.append(x)
         return maps
@@ -197,6 +223,10 @@ class ConvNeXt(Backbone):
 
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else getattr(self.timm.head, "norm", None)
+
+    @staticmethod
+    def taps(block: ConvNeXtBlock) -> Taps:
+        return Taps(block.conv_dw.out_channels, {"fc1": block.mlp.fc1, "fc2": block.mlp.fc2}, (), ("fc1", "fc2"))
 
     def freeze_pooled(self) -> None:
         self.timm.head.norm.requires_grad_(False)

@@ -12,30 +12,75 @@ from collections.abc import Sequence
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.shvit import BasicBlock
+from timm.models.shvit import FFN, SHSA, BasicBlock, Conv2dNorm
 from timm.models.shvit import SHViT as TimmSHViT
 from torch import Tensor, nn
 
 from ..nn.fuse import enlarge, flat, focus_weight, pooled_mean, visibility
 from ..nn.global_batchnorm import to_global
 from ..nn.positions import sincos_2d
+from .adapters import Taps, added_map
 from .convnext import agree, agree_blocks, plan_fusion, waves
 from .tokens import Backbone, BackboneError, Drop, Needs, Replace, Tokens, pick
 
 CELL, STEM, TOTAL = 32, 16, 64  # pixels per maskable cell, stem output, and position of the last stage
 
 
-def run_block(block: BasicBlock, x: Tensor, drop: Tensor | None = None) -> Tensor:
+def run_block(
+    block: BasicBlock, x: Tensor, drop: Tensor | None = None, adapt: nn.ModuleDict | None = None
+) -> Tensor:
     """Depthwise convolution, single-head attention (not in every stage), FFN; x [B, C, h, w].
 
-    drop: [2, B] factors of the residual branches: spatial ones (convolution, attention), FFN.
+    drop: [2, B] factors of the residual branches: spatial ones (convolution, attention), FFN. adapt: adapters by tap;
+    after_attn is after the FFN where there is no attention.
     """
+    attends = not isinstance(block.mixer, nn.Identity)
     for part, row in ((block.conv, 0), (block.mixer, 0), (block.ffn, 1)):
-        if isinstance(part, nn.Identity):
+        if part is block.mixer and not attends:
             continue
-        y = part.m(x)
+        y, before = branch(part, x, adapt), x
         x = x + (y if drop is None else y * drop[row].view(-1, 1, 1, 1).to(y.dtype))
+        if part is block.ffn:
+            x = added_map(x, adapt, "parallel_mlp", before)
+        if part is (block.mixer if attends else block.ffn):
+            x = added_map(x, adapt, "after_attn", x)
     return x
+
+
+def branch(part: nn.Module, x: Tensor, adapt: nn.ModuleDict | None) -> Tensor:
+    """One residual branch of a block; opened up only where its layers are adapted."""
+    if adapt is None or isinstance(part.m, Conv2dNorm):
+        return part.m(x)
+    return attend(part.m, x, adapt) if isinstance(part.m, SHSA) else feed(part.m, x, adapt)
+
+
+def attend(mixer: SHSA, x: Tensor, adapt: nn.ModuleDict) -> Tensor:
+    """timm's attention of one head over the first `pdim` channels, with adapters."""
+    x, rest = x.split([mixer.pdim, mixer.dim - mixer.pdim], 1)
+    qkv = normed(mixer.qkv, mixer.pre_norm(x), adapt, "qkv")
+    q, k, v = (part.flatten(2) for part in qkv.split([mixer.qk_dim, mixer.qk_dim, mixer.pdim], 1))
+    weights = (q.mT @ k * mixer.scale).softmax(-1)
+    act, proj = mixer.proj
+    return normed(proj, act(torch.cat([(v @ weights.mT).view_as(x), rest], 1)), adapt, "proj")
+
+
+def feed(ffn: FFN, x: Tensor, adapt: nn.ModuleDict) -> Tensor:
+    """timm's FFN with adapters."""
+    return normed(ffn.pw2, ffn.act(normed(ffn.pw1, x, adapt, "fc1")), adapt, "fc2")
+
+
+def normed(layer: Conv2dNorm, x: Tensor, adapt: nn.ModuleDict, tap: str) -> Tensor:
+    """1x1 convolution, what is added to it, BatchNorm."""
+    return layer.bn(added_map(layer.c(x), adapt, tap, x))
+
+
+class AdaptedBlock(BasicBlock):
+    """timm's block with bottleneck adapters in it, for models that leave this package."""
+
+    adapter: nn.ModuleDict
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_block(self, x, adapt=self.adapter)
 
 
 class SHViT(Backbone):
@@ -49,6 +94,7 @@ class SHViT(Backbone):
     """
 
     family = "shvit"
+    adapted_block = AdaptedBlock
 
     def __init__(
         self, architecture: str, *, needs: Needs, image_sizes: Sequence[int], drop_path: float = 0.0, **model_args
@@ -122,7 +168,8 @@ class SHViT(Backbone):
         for stage in self.timm.stages:
             x = stage.downsample(x)
             for block in stage.blocks:
-                x = self.block_fn(block, x, None if drop_path is None else drop_path[2 * i : 2 * i + 2])
+                drop = None if drop_path is None else drop_path[2 * i : 2 * i + 2]
+                x = self.block_fn(block, x, drop, self.beside(i))
                 i += 1
             maps.append(x)
         return maps
@@ -153,6 +200,15 @@ class SHViT(Backbone):
         if isinstance(hide, Drop):
             patches = pick(patches, self.to_tokens(hide.ids, size))
         return self.read_out(Tokens(pooled, patches, pooled[:, None], tuple(maps[i] for i in layers)), focus)
+
+    @staticmethod
+    def taps(block: BasicBlock) -> Taps:
+        layers, parts = {"fc1": block.ffn.m.pw1.c, "fc2": block.ffn.m.pw2.c}, ()
+        if not isinstance(block.mixer, nn.Identity):
+            mixer = block.mixer.m
+            layers |= {"qkv": mixer.qkv.c, "proj": mixer.proj[1].c}
+            parts = (mixer.qk_dim, mixer.qk_dim, mixer.pdim)
+        return Taps(block.conv.m.c.out_channels, layers, parts, ("fc1", "fc2"))
 
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else None

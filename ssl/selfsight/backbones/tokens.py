@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .adapters import Adapters, Taps
 
 MIN_CELLS = 16  # fewer leave next to nothing to predict from
 
@@ -82,6 +85,12 @@ class Backbone(nn.Module):
     can_attend: bool = False  # `attention=True` gives the pooled token's row, also where the objective did not ask
     readout: nn.Module | None  # trained beside it, attached where a checkpoint is judged with masks; mostly not there
     block_fn: Callable  # the walker of one block; `compile_blocks` swaps it for a compiled one
+    adapters: Adapters | None  # beside a frozen timm model (`adapt=`)
+    adapted_block: type[nn.Module]  # timm's block whose forward calls the adapters that it holds
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = None  # on the instance: a class attribute would hide a registered module of this name
 
     def cells(self, size: int) -> tuple[int, int]:
         """Rows and columns of maskable cells of a square image with this side."""
@@ -134,6 +143,30 @@ class Backbone(nn.Module):
     def final_norm(self) -> nn.Module | None:
         """The norm that `norm=False` leaves out of `patches`; None where there is none."""
         return None
+
+    def train_final_norm(self) -> None:
+        """Undo `freeze_pooled` for the norm that patches pass through, too; what `adapt` froze stays frozen."""
+        norm = self.final_norm()
+        kept = self.adapters is not None and not self.adapters.trains_norms
+        if norm is not None and not (kept and any(norm is module for module in self.timm.modules())):
+            norm.requires_grad_(True)
+
+    @staticmethod
+    def taps(block: nn.Module) -> Taps | None:
+        """Where a block of timm's model can be adapted; None: nowhere."""
+        return None
+
+    def beside(self, block: int) -> nn.ModuleDict | None:
+        """The adapters of a block, for its walker."""
+        return None if self.adapters is None else self.adapters.of(block)
+
+    def plain(self) -> nn.Module:
+        """A timm model that gives these features: `timm` itself, or a copy with the adapters merged or inside it."""
+        if self.adapters is None:
+            return self.timm
+        from .adapters import in_timm
+
+        return in_timm(self)
 
     def freeze_pooled(self) -> None:
         """Freeze what only the pooled token passes through (DDP refuses parameters that get no gradient)."""

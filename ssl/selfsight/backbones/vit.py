@@ -7,22 +7,30 @@ from collections.abc import Sequence
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Mlp, resample_abs_pos_embed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..nn.positions import sincos_2d
+from .adapters import Taps, added
 from .tokens import Backbone, BackboneError, Drop, Needs, Replace, Tokens, patchify, pick
 
 
-def attend(attn: Attention, x: Tensor, row: Tensor | None = None, want_row: bool = False):
+def attend(
+    attn: Attention,
+    x: Tensor,
+    row: Tensor | None = None,
+    want_row: bool = False,
+    adapt: nn.ModuleDict | None = None,
+):
     """timm's attention, x [B, N, D] -> [B, N, D], with two extras for the first (class / object) token.
 
     row: bool [B, N], where the first token may look. All rows use the fused kernel; only the first is recomputed
     with a mask, an eighth of the cost of a full mask. want_row: also return its weights, [B, heads, N].
     """
     b, n, _ = x.shape
-    q, k, v = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    qkv = added(attn.qkv(x), adapt, "qkv", x)
+    q, k, v = qkv.reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     out = F.scaled_dot_product_attention(q, k, v)
     if row is not None:
@@ -34,19 +42,48 @@ def attend(attn: Attention, x: Tensor, row: Tensor | None = None, want_row: bool
         if row is not None:
             scores = scores.masked_fill(~row[:, None], float("-inf"))
         weights = scores.softmax(-1)
-    return attn.proj(attn.norm(out.transpose(1, 2).flatten(2))), weights
+    out = attn.norm(out.transpose(1, 2).flatten(2))
+    return added(attn.proj(out), adapt, "proj", out), weights
 
 
-def run_block(block: Block, x: Tensor, row: Tensor | None = None, drop: Tensor | None = None, want_row: bool = False):
+def feed(mlp: nn.Module, x: Tensor, adapt: nn.ModuleDict | None) -> Tensor:
+    """timm's MLP, x [B, N, D] -> [B, N, D]; opened up only where one of its layers is adapted."""
+    if adapt is None or not ("fc1" in adapt or "fc2" in adapt):
+        return mlp(x)
+    x = mlp.norm(mlp.drop1(mlp.act(added(mlp.fc1(x), adapt, "fc1", x))))
+    return mlp.drop2(added(mlp.fc2(x), adapt, "fc2", x))
+
+
+def run_block(
+    block: Block,
+    x: Tensor,
+    row: Tensor | None = None,
+    drop: Tensor | None = None,
+    want_row: bool = False,
+    adapt: nn.ModuleDict | None = None,
+):
     """One pre-norm block, x [B, N, D] -> (x, first token's attention row or None).
 
-    drop: [2, B] factors of the two residual branches (stochastic depth, drawn outside).
+    drop: [2, B] factors of the two residual branches (stochastic depth, drawn outside). adapt: adapters by tap.
     """
-    branch, weights = attend(block.attn, block.norm1(x), row, want_row)
+    branch, weights = attend(block.attn, block.norm1(x), row, want_row, adapt)
     branch = block.ls1(branch)
     x = x + (branch if drop is None else branch * drop[0, :, None, None].to(branch.dtype))
-    branch = block.ls2(block.mlp(block.norm2(x)))
-    return x + (branch if drop is None else branch * drop[1, :, None, None].to(branch.dtype)), weights
+    x = added(x, adapt, "after_attn", x)
+    branch = block.ls2(feed(block.mlp, block.norm2(x), adapt))
+    out = x + (branch if drop is None else branch * drop[1, :, None, None].to(branch.dtype))
+    return added(out, adapt, "parallel_mlp", x), weights
+
+
+class AdaptedBlock(Block):
+    """timm's block with bottleneck adapters in it, for models that leave this package."""
+
+    adapter: nn.ModuleDict
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        x = added(x, self.adapter, "after_attn", x)
+        return added(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), self.adapter, "parallel_mlp", x)
 
 
 def init_as_mae(model: VisionTransformer, grid: tuple[int, int]) -> None:
@@ -106,6 +143,7 @@ class ViT(Backbone):
 
     family = "vit"
     registers_in_focus = False
+    adapted_block = AdaptedBlock
 
     def __init__(
         self,
@@ -182,8 +220,17 @@ class ViT(Backbone):
     def final_norm(self) -> nn.Module:
         return self.timm.norm
 
+    @staticmethod
+    def taps(block: Block) -> Taps:
+        layers = {"qkv": block.attn.qkv, "proj": block.attn.proj}
+        if type(block.mlp) is Mlp:
+            layers |= {"fc1": block.mlp.fc1, "fc2": block.mlp.fc2}
+        third = block.attn.qkv.out_features // 3
+        return Taps(block.attn.qkv.in_features, layers, (third, third, third), ("q", "v"))
+
     def freeze_patches(self) -> None:
-        nn.init.zeros_(self.timm.patch_embed.proj.bias)
+        if self.adapters is None:  # weights that are adapted are somebody's: their bias counts
+            nn.init.zeros_(self.timm.patch_embed.proj.bias)
         self.timm.patch_embed.proj.requires_grad_(False)
 
     def embed(self, images: Tensor, hide: Drop | Replace | None) -> Tensor:
@@ -225,7 +272,7 @@ class ViT(Backbone):
         for i, block in enumerate(self.timm.blocks):
             last = i == self.depth - 1
             drop = None if drop_path is None else drop_path[2 * i : 2 * i + 2]
-            x, weights = self.block_fn(block, x, row, drop, attention and last)
+            x, weights = self.block_fn(block, x, row, drop, attention and last, self.beside(i))
             if i in wanted:
                 patches = x[:, self.prefix :]
                 maps[i] = patches if isinstance(hide, Drop) else patches.transpose(1, 2).unflatten(2, grid)

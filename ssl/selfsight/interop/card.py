@@ -13,6 +13,7 @@ ROWS = {
     "backbone": "Backbone",
     "which": "Weights",
     "source": "Imported from",
+    "adapted": "Adapted",
     "data": "Data",
     "steps": "Steps",
     "epochs": "Epochs",
@@ -44,7 +45,17 @@ tags:
 
 {kind}
 
-## Load it in four lines
+{load}
+## How it was made
+
+| | |
+|---|---|
+{rows}
+{recipe}
+Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
+"""
+
+LOAD = """## Load it in four lines
 
 ```python
 import timm
@@ -57,14 +68,24 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 `pretrained=True` matters: without it timm builds the architecture with random weights and does not say so.
 `num_classes={other}` {head}, `features_only=True` returns feature maps{resize}.
 `model.forward_features(x)` returns the tokens or the last map.
+"""
 
-## How it was made
+LOAD_ADAPTED = """## Load it in four lines
 
-| | |
-|---|---|
-{rows}
-{recipe}
-Images are expected as RGB in 0..1, then normalised with mean {mean} and standard deviation {std}.
+`model.safetensors` is the **frozen** model that was adapted, and timm alone opens that. What was learnt is in
+`adapter.safetensors`; it cannot be merged, so the adapted model needs a loader:
+
+```python
+import timm
+from selfsight.interop.adapted import load_adapted
+
+model = load_adapted("{out}")
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+features = model(transform(image).unsqueeze(0))  # image: PIL, RGB -> [1, {width}]
+```
+
+`num_classes=10` adds a fresh classifier{resize}.
+`model.forward_features(x)` returns the tokens or the last map.
 """
 
 _FEATURES = {
@@ -111,12 +132,12 @@ def write_card(config: Mapping[str, Any], card: Mapping[str, Any], out: str) -> 
     classes = config["num_classes"]
     resize = ", `img_size=…` another input size" if pretrained["fixed_input_size"] else ""
     words = _CLASSIFIER if classes else _FEATURES
+    load = LOAD_ADAPTED if "adapter.safetensors" in str(card.get("adapted")) else LOAD
+    width = classes or config["num_features"]
     return TEMPLATE.format(
         title=title,
-        **words | {"kind": words["kind"].format(architecture=config["architecture"])},
-        out=out,
-        width=classes or config["num_features"],
-        resize=resize,
+        kind=words["kind"].format(architecture=config["architecture"]),
+        load=load.format(out=out, width=width, resize=resize, **{k: words[k] for k in ("output", "other", "head")}),
         rows=table(card),
         recipe=_recipe(card),
         mean=[round(m, 4) for m in pretrained["mean"]],

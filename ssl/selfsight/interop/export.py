@@ -1,6 +1,6 @@
 """To timm: a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` opens, checked before it stands.
 
-    out/model.safetensors   timm's own keys, float32
+    out/model.safetensors   timm's own keys, float32; adapters (`adapt=`) merged, or in files of their own (`adapted`)
     out/config.json         architecture, constructor arguments, normalisation, and the facts of the run
     out/README.md           the model card
 
@@ -34,6 +34,7 @@ from ..probes.bank import crop_share
 from ..training import checkpoint
 from ..training.judge import clean, fixed_ranges, spoiled
 from ..views.photo import prepare
+from . import adapted
 from .card import write_card
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def export_backbone(
     """
     out = Path(out)
     refuse_existing(out, overwrite)
+    card, apart = dict(card) | _how_adapted(backbone), adapted.needs_file(backbone)
     if crop_pct is None:
         crop_pct = crop_share(image_size)
     if getattr(backbone, "pos_resize", "timm") == "official":
@@ -146,12 +148,14 @@ def export_backbone(
     config = config_for(backbone, mean=mean, std=std, image_size=image_size, crop_pct=crop_pct, card=card)
     # Cloning unties shared storage, which safetensors refuses.
     state = {k: v.detach().to("cpu", torch.float32 if v.is_floating_point() else v.dtype).contiguous().clone()
-             for k, v in backbone.timm.state_dict().items()}  # fmt: skip
+             for k, v in (backbone.timm if apart else backbone.plain()).state_dict().items()}  # fmt: skip
     tmp = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
         save_file(state, tmp / "model.safetensors", metadata={"format": "pt"})
+        if apart:
+            adapted.save_adapter(backbone, tmp)
         (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (tmp / "README.md").write_text(write_card(config, card, str(out)))
         verify(backbone, tmp, image_size, verify_images)
@@ -161,15 +165,23 @@ def export_backbone(
     return out
 
 
+def _how_adapted(backbone: Backbone) -> dict[str, str]:
+    """A fact for the card."""
+    if backbone.adapters is None:
+        return {}
+    where = "merged into the weights" if backbone.adapters.merges else "in adapter.safetensors, not in timm's weights"
+    return {"adapted": f"{backbone.adapters.kind}, {where}"}
+
+
 @torch.no_grad()
 def verify(backbone: Backbone, folder: Path, image_size: int, images: Tensor | None = None) -> float:
     """Open an export folder with timm alone and compare; returns the largest difference, ExportError above 1e-5.
 
-    Compared on the CPU in float32, relative to the largest feature where that exceeds one: timm's own forward of the
+    A folder with an adapter file is opened by `adapted.load_adapted`. Compared on the CPU in float32, relative to the largest feature where that exceeds one: timm's own forward of the
     weights in memory (tokens or map), and the pooled feature that training sees.
     """
     with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        model = open_export(folder)
     # A copy, so that neither device, mode nor precision of the backbone in training changes.
     here = copy.deepcopy(backbone).to("cpu", torch.float32).eval()
     if images is None:
@@ -178,7 +190,7 @@ def verify(backbone: Backbone, folder: Path, image_size: int, images: Tensor | N
     x = images.to("cpu", torch.float32)
     theirs = model.forward_features(x)
     with torch.compiler.set_stance("force_eager"):  # blocks compiled for a GPU are not worth compiling again here
-        pairs = {"features": (here.timm.forward_features(x), theirs),
+        pairs = {"features": (here.plain().forward_features(x), theirs),
                  "pooled feature": (here(x).pooled, model.forward_head(theirs, pre_logits=True))}  # fmt: skip
     worst = 0.0
     for name, (mine, exported) in pairs.items():
@@ -297,7 +309,10 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         run = load_run(source, which, step)
         card = run.card
         export_backbone(run.backbone, out, mean=run.mean, std=run.std, image_size=run.image_size, card=card)
-    print(f"{out}: timm.create_model('local-dir:{out}', pretrained=True) opens it; see README.md inside", flush=True)
+    opens = f"selfsight.interop.adapted.load_adapted('{out}') opens it with its adapters, timm alone without them"
+    if not adapted.is_adapted(out):
+        opens = f"timm.create_model('local-dir:{out}', pretrained=True) opens it"
+    print(f"{out}: {opens}; see README.md inside", flush=True)
     return {"out": str(out), "which": card.get("which"), "step": card.get("steps")}
 
 
@@ -330,8 +345,9 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     """ExportError if `out` may not be overwritten, or holds what no export wrote."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise ExportError(f"{out} exists; choose another out, or overwrite=true to replace it")
-    if out.is_dir() and any(p.name not in FILES for p in out.iterdir()):
-        stranger = next(p.name for p in out.iterdir() if p.name not in FILES)
+    known = FILES + adapted.FILES
+    if out.is_dir() and any(p.name not in known for p in out.iterdir()):
+        stranger = next(p.name for p in out.iterdir() if p.name not in known)
         raise ExportError(f"{out} holds {stranger}, which no export wrote; choose another out")
 
 
@@ -347,5 +363,8 @@ def swap(tmp: Path, out: Path) -> None:
 
 
 def open_export(folder: Path, **kwargs: Any) -> nn.Module:
-    """The timm model of an export folder, headless, in eval mode; kwargs go to timm (`img_size=` for ViT)."""
+    """The timm model of an export folder, headless, in eval mode, with its adapters where it has any; kwargs go to timm
+    (`img_size=` for ViT)."""
+    if adapted.is_adapted(folder):
+        return adapted.load_adapted(folder, **kwargs)
     return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **kwargs).eval()

@@ -64,7 +64,7 @@ def export_file(cfg: Any) -> dict[str, Any]:
     facts = loaded.facts
     if cfg.get("which") not in (None, facts["which"]):
         raise ExportError(f"which={cfg.which}: {cfg.checkpoint} holds the {facts['which']} alone; export from its run")
-    model = loaded.model.timm if isinstance(loaded.model, Backbone) else loaded.model
+    model = loaded.model.plain() if isinstance(loaded.model, Backbone) else loaded.model
     export_onnx(model, out, mean=loaded.mean, std=loaded.std, image_size=loaded.image_size, crop_pct=loaded.crop_pct,
                 card=facts)  # fmt: skip
     print(f"{out}: images [batch, {len(loaded.mean)}, {loaded.image_size}, {loaded.image_size}] -> pooled, patches; "

@@ -83,7 +83,7 @@ class ClassAttention(nn.Module):
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm is None else norm.requires_grad_(True)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm is None else norm
         self.layer_fn = run_layer
 
     @classmethod

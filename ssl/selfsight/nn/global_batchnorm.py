@@ -106,6 +106,32 @@ def from_global(module: nn.Module) -> nn.Module:
     return _retype(module, {new: old for old, new in _GLOBAL.items()})
 
 
+class FrozenBatchNorm(nn.Module):
+    """A batch norm that always uses its running statistics, in train mode, too. They are frozen parameters here, so a
+    teacher shares them as it shares frozen weights; their names stay."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        return nn.functional.batch_norm(input, mean, variance, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def freeze_statistics(module: nn.Module) -> nn.Module:
+    """Every batch norm inside becomes a `FrozenBatchNorm` (in place; weight and bias keep their requires_grad).
+
+    ValueError names a kind that does more than normalise.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        if type(norm) not in {*_GLOBAL, *_GLOBAL.values()} or norm.running_mean is None:
+            raise ValueError(f"the statistics of its {type(norm).__name__} cannot be frozen")
+    for norm in norms:
+        norm.__class__ = FrozenBatchNorm
+        for name in ("running_mean", "running_var"):
+            value = norm._buffers.pop(name)
+            norm.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return module
+
+
 @torch.no_grad()
 def reestimate(module: nn.Module, forward: Callable[[nn.Module, Tensor], object], batches: Iterable) -> nn.Module:
     """A copy of `module`, in eval mode, with running statistics measured afresh; `module` itself is not touched.

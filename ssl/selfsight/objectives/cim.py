@@ -219,7 +219,5 @@ def exemplar_backbone(cfg: Any, needs: Needs) -> Backbone:
             )
     if o.freeze_patch_embed:
         backbone.freeze_patches()
-    norm = backbone.final_norm()
-    if norm is not None:
-        norm.requires_grad_(True)  # frozen with the pooled token, but the patches pass through it, too
+    backbone.train_final_norm()
     return backbone

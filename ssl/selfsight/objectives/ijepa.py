@@ -48,8 +48,7 @@ class IJEPA(Objective):
         super().__init__()
         self.student, self.predictor, self.blocks, self.momentum = student, predictor, blocks, momentum
         self.image_size, self.crop_scale, self.flip = image_size, tuple(crop_scale), flip
-        if (norm := student["backbone"].final_norm()) is not None:
-            norm.requires_grad_(True)  # patches pass through it, also where the pooled token does
+        student["backbone"].train_final_norm()
         self.teacher = make_teacher(student)
         self.ema = Ema(self.teacher, student)
 

@@ -51,6 +51,7 @@ class SelfPatch(Distillation):
         o = cfg.objective
         kwargs = distill.settings(cfg, "neighbours", "border", "patch_loss", "patch_crops")
         backbone = distill.multicrop_backbone(cfg, cls.needs)
+        backbone.train_final_norm()
         student = {
             "backbone": backbone,
             "ca_head": ClassAttention.on(backbone, norm=backbone.final_norm()),

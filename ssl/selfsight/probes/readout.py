@@ -49,7 +49,7 @@ def plain(model: nn.Module, size: int) -> nn.Module:
     """The timm model that an export would hold, at this image size: what is probed is what a user gets."""
     if not isinstance(model, Backbone):
         return model
-    inner = model.timm
+    inner = model.plain()
     if getattr(getattr(inner, "patch_embed", None), "img_size", None) not in (None, (size, size)):
         inner.set_input_size(img_size=size)
     return inner

@@ -50,12 +50,25 @@ def first_screen(
         *groups,
         f"  length      {steps:,} steps = {count(images)} images{epochs}",
         f"  parameters  {part:.2f} M in the backbone, {whole:.2f} M in all",
+        *adapted(cfg, objective),
         f"  optimizer   {o.name}, lr {o.lr:.3g}{rule}, weight decay {o.weight_decay:g}{end}, "
         f"warm-up {_warmup(o.warmup)}",
         f"  device      {device}, precision {precision}",
         f"  output      {cfg.run_dir}",
     ]
     return "\n".join(lines + ([f"  resuming    {resuming}"] if resuming else []))
+
+
+def adapted(cfg: Any, objective: Objective) -> list[str]:
+    """What trains of a backbone with `adapt=`, and whether what is frozen was ever trained."""
+    if cfg.adapt.name == "none":
+        return []
+    student = objective.exports()["student"]  # a teacher's parameters never require a gradient
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    line = f"  adapt       {cfg.adapt.name}: {trained:,} parameters of the backbone train, the others are frozen"
+    if cfg.init_from is not None:
+        return [line]
+    return [line, f"  warning     adapt={cfg.adapt.name} freezes random weights; give init_from="]
 
 
 def compared(parts: dict[str, str], batch_size: int, world: int, micro_batches: int) -> list[str]:
@@ -134,11 +147,14 @@ def closing_table(summary: dict, run_dir: Path) -> str:
     table = "\n".join(f"  {name:<{width}}  {value:>12}" for name, value in rows)
     script = "python {}.py" if Path("train.py").exists() else "selfsight {}"
     folder = shlex.quote(str(run_dir))
+    opens = f"timm; timm.create_model('local-dir:{run_dir}/export', pretrained=True)"
+    if (run_dir / "export" / "adapter.json").exists():  # timm alone would open the frozen model
+        opens = f"selfsight.interop.adapted as a; a.load_adapted('{run_dir}/export')"
     probe = f"  {script.format('probe')} checkpoint={folder} probe=linear\n"
     probe = probe if summary.get("knn") is not None else ""  # a linear probe needs labels
     return (
         f"{table}\n\n  everything is in {run_dir}: report.html, export/ (opens with timm), pictures/, metrics.csv\n\n"
         f"next:\n{probe}"
         f"  {script.format('export')} checkpoint={folder} out=my_backbone\n"
-        f"  python -c \"import timm; timm.create_model('local-dir:{run_dir}/export', pretrained=True)\""
+        f'  python -c "import {opens}"'
     )

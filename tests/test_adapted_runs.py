@@ -1,0 +1,138 @@
+"""Runs with `adapt=`: every trainable parameter of every objective learns, the frozen ones keep their bits, and what is
+left behind can be probed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+from selfsight import config
+from selfsight.data import open_source
+from selfsight.data.loader import Samples
+from selfsight.data.order import Order
+from selfsight.objectives import NAMES, build_objective
+from selfsight.probes.bank import encode
+from selfsight.probes.load import load_backbone
+from selfsight.probes.readout import plain
+from selfsight.probes.run import probe
+from selfsight.training import checkpoint
+from selfsight.training.optim import param_groups
+from selfsight.views.photo import prepare
+
+KINDS = ("uniadapter", "adaptformer", "lora", "apla", "bitfit")
+FAMILIES = {
+    "vit": ("backbone=vit_nano", "image_size=32"),
+    "convnextv2": ("backbone=convnextv2_nano_lite", "image_size=64"),
+    "shvit": ("backbone=shvit_nano_lite", "image_size=128"),
+}
+
+
+def objective_of(*words):
+    cfg = config.load("train", [*words, "data.num_train=40", "data.num_val=8", "batch_size=4"])
+    torch.manual_seed(cfg.seed)
+    return cfg, build_objective(cfg, total_steps=10, steps_per_epoch=5).train()
+
+
+def gradients(cfg, objective):
+    """Backward of the first batch of the training stream."""
+    source, views = open_source(cfg.data, "train"), objective.views()
+    batch = Samples(source, Order(0, source.lengths), views, seed=0)[range(4)]
+    batch.pop("events")
+    batch = prepare(batch, views, torch.tensor([0.485] * 3), torch.tensor([0.229] * 3))
+    objective(batch, 0)[0].backward()
+
+
+def check(objective):
+    named = dict(objective.named_parameters())
+    without = [k for k, p in named.items() if p.requires_grad and p.grad is None]
+    assert without == []  # several processes would wait for it
+    assert [k for k, p in named.items() if not p.requires_grad and p.grad is not None] == []
+    learning = {k for k, p in named.items() if p.requires_grad}
+    assert {k for group in param_groups(objective, 0.1) for k in group["names"]} == learning
+    assert any(".adapters." in k or ".timm." in k for k in learning)
+    assert any(".timm." in k and k not in learning for k in named)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_that_trains_gets_a_gradient_and_nothing_else_does(name, kind):
+    cfg, objective = objective_of(f"objective={name}", *FAMILIES["vit"], f"adapt={kind}")
+    gradients(cfg, objective)
+    check(objective)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["convnextv2", "shvit"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_on_the_other_families(name, family, kind):
+    if family == "convnextv2" and kind == "apla":
+        pytest.skip("no attention: refused")
+    cfg, objective = objective_of(f"objective={name}", *FAMILIES[family], f"adapt={kind}")
+    gradients(cfg, objective)
+    check(objective)
+
+
+@pytest.mark.parametrize("name", ["ijepa", "dmt_jepa", "selfpatch", "cim"])
+def test_a_final_norm_that_patches_pass_stays_frozen_unless_norms_train(name):
+    for kind, trains in (("lora", False), ("bitfit", True), ("none", True)):
+        _, objective = objective_of(f"objective={name}", *FAMILIES["vit"], f"adapt={kind}")
+        assert objective.student["backbone"].timm.norm.weight.requires_grad == trains, kind
+
+
+@pytest.fixture(scope="module", params=["uniadapter", "lora"])
+def run(request, tmp_path_factory):
+    """(words, run folder) of four steps of DINO, judged at both ends."""
+    folder = tmp_path_factory.mktemp("adapted") / request.param
+    words = ("objective=dino", "backbone=vit_nano", f"adapt={request.param}", "max_steps=4", "optim.lr=0.01")
+    runs.run_here(folder, *words, "knn.every_n_steps=4")
+    return words, folder
+
+
+def test_a_run_leaves_the_frozen_weights_their_bits_and_its_optimizer_does_not_know_them(run):
+    words, folder = run
+    _, objective = objective_of(*words, "image_size=32")
+    tensors, _ = checkpoint.load(checkpoint.newest(folder / "checkpoints"))
+    named = dict(objective.named_parameters())
+    frozen = {k for k, p in named.items() if ".timm." in k}
+    assert len(frozen) > 40 and frozen <= tensors.keys()
+    assert [k for k in frozen if not torch.equal(tensors[k], named[k])] == []
+    learnt = [k for k in named if ".adapters." in k and k.startswith("student.")]
+    assert learnt and all(not torch.equal(tensors[k], named[k]) for k in learnt)
+    assert not any(k.startswith("teacher.backbone.timm.") for k in tensors)  # stored once
+    slots, _ = checkpoint.load(checkpoint.newest(folder / "checkpoints"), "optim")
+    assert not any(".timm." in k for k in slots) and any(".adapters." in k for k in slots)
+
+
+@torch.no_grad()
+def test_run_folder_export_and_timm_model_give_the_same_features(run):
+    _, folder = run
+    x = torch.randn(2, 3, 32, 32)
+    export, rebuilt = load_backbone(str(folder)), load_backbone(str(folder), "teacher", step=4)
+    from_checkpoint = load_backbone(str(folder), masks="largest").model  # through the checkpoint
+    assert rebuilt.facts["which"] == export.facts["which"] == "teacher"
+    expected = encode(export.model, x)[0]
+    assert (expected - from_checkpoint.timm(x)).abs().max() > 1e-4  # the adapters do something
+    for model in (rebuilt.model, from_checkpoint, plain(from_checkpoint, 32)):
+        torch.testing.assert_close(encode(model, x)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_probe_sees_the_adapted_features(run, tmp_path):
+    _, folder = run
+    words = ["data.num_train=40", "data.num_val=16", "probe.bank=24", "device=cpu", f"out={tmp_path}"]
+    probe(config.load("probe", [f"checkpoint={folder}", "probe=knn", "data=scenes", *words]))
+    assert 0 <= json.loads((tmp_path / "knn.json").read_text())["top1"] <= 100
+
+
+def test_the_first_screen_says_what_trains_and_that_random_weights_are_frozen(tmp_path, capsys):
+    runs.run_here(tmp_path / "r", "objective=dino", "adapt=adaptformer", "max_steps=1", "knn.every_n_steps=0")
+    text = capsys.readouterr().out
+    assert "adaptformer: 66,304 parameters of the backbone train" in text
+    assert "adapt=adaptformer freezes random weights; give init_from=" in text
+    assert "load_adapted(" in text and (tmp_path / "r" / "export" / "adapter.safetensors").exists()
+    assert load_file(tmp_path / "r" / "export" / "adapter.safetensors").keys() == {
+        f"blocks.{i}.parallel_mlp.{part}.{what}"
+        for i in range(4) for part in ("down", "up") for what in ("weight", "bias")
+    }  # fmt: skip
