@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from textwrap import wrap
 from typing import Any
 
 COMMANDS = {
@@ -300,10 +301,11 @@ def _command(word: str) -> str:
 def _help(command: str, call: str) -> str:
     from .config import options
 
-    words = {group: " | ".join(options(group)) for group in ("objective", "adapt", "data", "probe", "logger")}
+    column, groups = "\n" + " " * 26, ("objective", "adapt", "data", "probe", "logger")
+    words = {g: column.join(wrap(" | ".join(options(g)), 92)) for g in groups}
     recipes = options("experiment")
     rows = ["  ".join(recipes[i : i + 4]) for i in range(0, len(recipes), 4)]
-    return HELP[command].format(call=call, experiment=("\n" + " " * 26).join(rows), **words)
+    return HELP[command].format(call=call, experiment=column.join(rows), **words)
 
 
 def _flags(args: list[str]) -> tuple[list[str], bool]:
