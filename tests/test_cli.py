@@ -125,7 +125,11 @@ def test_help_is_short_and_names_only_keys_that_exist(command, capsys):
     if command == "show":
         return
     needed = {"index": "data.train=x", "prepare": "kind=scenes out=x", "doctor": "data=folder data.root=x"}
-    needed |= {"probe": "checkpoint=x data=folder data.root=x", "export": "checkpoint=x out=x"}
+    needed |= {
+        "probe": "checkpoint=x data=folder data.root=x",
+        "export": "checkpoint=x out=x",
+        "import": "source=x out=x",
+    }
     needed |= {"proposals": "data=folder data.root=x"}
     needed |= {"show analysis": "checkpoint=x data=folder data.root=x"}
     name = command.rpartition(" ")[2]

@@ -337,6 +337,8 @@ def test_a_missing_saved_config(tmp_path):
         ("probe", ["checkpoint=x", "probe.lrs=[0.1,-1]"], "probe.lrs"),
         ("export", ["checkpoint=x"], "out="),
         ("export", ["checkpoint=x", "out=y", "max_steps=1"], "unknown key 'max_steps'"),
+        ("import", ["out=y"], "source="),
+        ("import", ["source=x", "out=y", "mean=[a]"], "mean"),
         ("prepare", ["out=x"], "kind=folder"),
         ("prepare", ["out=x", "kind=folder"], "source=/d/images"),
         ("prepare", ["out=x", "kind=tar"], "one of folder, list, shards, scenes"),
