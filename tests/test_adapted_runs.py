@@ -82,6 +82,15 @@ def test_a_final_norm_that_patches_pass_stays_frozen_unless_norms_train(name):
         assert objective.student["backbone"].timm.norm.weight.requires_grad == trains, kind
 
 
+def test_a_seed_gives_the_same_backbone_and_heads_with_every_adapter():
+    objectives = [objective_of("objective=dino", *FAMILIES["vit"], f"adapt={kind}")[1] for kind in ("none", *KINDS)]
+    plain_state = objectives[0].state_dict()
+    for objective in objectives[1:]:
+        state = objective.state_dict()
+        assert [k for k in plain_state if not torch.equal(state[k], plain_state[k])] == []
+        assert len({k for k in state if ".adapters." not in k}) == len(plain_state)
+
+
 @pytest.fixture(scope="module", params=["uniadapter", "lora"])
 def run(request, tmp_path_factory):
     """(words, run folder) of four steps of DINO, judged at both ends."""

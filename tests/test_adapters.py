@@ -1,4 +1,4 @@
-"""Adapters on backbones: identity at the start, textbook forwards, what is frozen, shared, merged, exported, refused."""
+"""Adapters on backbones: identity at the start, textbook forwards, what is frozen, shared, merged and refused."""
 
 import json
 

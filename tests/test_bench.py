@@ -331,3 +331,31 @@ def test_cim_benchmark_refuses_batch_norms(benchmarks):
     objective, cfg = cim_step.build([*CIM, "objective.sigma_cont=1", "objective.projector_hidden=8"])
     with pytest.raises(config.ConfigError, match=r"objective\.sigma_cont=0"):
         cim_step.Textbook(objective, cfg.optim)
+
+
+def test_adapters_are_measured_against_full_training(benchmarks):
+    import adapt_step
+
+    words = ["--backbone", "vit_nano", "--image-size", "32", "--batch", "2", "--prototypes", "8", "--repeats", "1"]
+    args = adapt_step.arguments(["views.local.n=0", "backbone.depth=1", *words, "--adapt", "none", "lora", "bitfit"])
+    found = adapt_step.measure(args)
+    assert list(found) == ["none", "lora", "bitfit"] and found["none"]["ratio"] == 1
+    assert found["lora"]["trainable_backbone"] == 2 * 8 * (128 + 128)
+    for kind in ("lora", "bitfit"):
+        for key in ("trainable", "held_mib"):
+            assert found[kind][key] < found["none"][key], (kind, key)
+
+
+def test_the_benchmark_of_adapters_stops_where_a_frozen_tensor_moves(benchmarks):
+    import adapt_step
+
+    words = ["--backbone", "vit_nano", "--image-size", "32", "--batch", "2", "--prototypes", "8"]
+    args = adapt_step.arguments([*words, "views.local.n=0", "backbone.depth=1"])
+    objective, stepper = adapt_step.build(args, "lora")
+    batch = adapt_step.distill_step.crops(objective, 2)
+    weight = objective.student["backbone"].timm.norm.weight
+    stepper.optimizer.add_param_group({"params": [weight.requires_grad_()], "lr": 0.1})
+    weight.requires_grad_(False)
+    weight.grad = weight.new_ones(weight.shape)
+    with pytest.raises(AssertionError, match="moved a frozen tensor"):
+        adapt_step.check("lora", objective, stepper, batch, None)

@@ -52,8 +52,7 @@ what         objective=   {objective}
                           convnext_nano_lite convnextv2_nano_lite shvit_nano_lite
                           timm backbone.name=<any timm model>
              backbone.patch_size= .embed_dim= .depth= .num_heads=   image_size=
-adapt        adapt=       {adapt}   (frozen but for a few parameters)
-             adapt.rank=  adapt.alpha=  adapt.targets=[q,v]  adapt.placement=
+adapt        adapt=       {adapt}   (all else is frozen)
 data         data=        {data}
              data.train= data.val=   shard patterns        data.root= data.root_val=   folder, or text file of paths
              data.mean= data.std=    numbers, or auto      num_workers=

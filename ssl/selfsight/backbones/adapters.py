@@ -120,7 +120,9 @@ def adapt_backbone(backbone: Backbone, adapt: str | Mapping[str, Any]) -> None:
         raise BackboneError(f"adapt={settings['name']} on {backbone.architecture}: {error}; use adapt=none") from None
     for parameter in chosen:
         parameter.requires_grad_(True)
-    backbone.adapters = Adapters(settings, taps)
+    with torch.random.fork_rng(devices=[]):  # so that what is drawn later (heads) is that of a run without adapters
+        torch.default_generator.manual_seed(torch.initial_seed() + 1)
+        backbone.adapters = Adapters(settings, taps)
 
 
 def beside(settings: Mapping[str, Any], taps: Taps) -> dict[str, nn.Module]:

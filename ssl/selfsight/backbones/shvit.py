@@ -26,9 +26,7 @@ from .tokens import Backbone, BackboneError, Drop, Needs, Replace, Tokens, pick
 CELL, STEM, TOTAL = 32, 16, 64  # pixels per maskable cell, stem output, and position of the last stage
 
 
-def run_block(
-    block: BasicBlock, x: Tensor, drop: Tensor | None = None, adapt: nn.ModuleDict | None = None
-) -> Tensor:
+def run_block(block: BasicBlock, x: Tensor, drop: Tensor | None = None, adapt: nn.ModuleDict | None = None) -> Tensor:
     """Depthwise convolution, single-head attention (not in every stage), FFN; x [B, C, h, w].
 
     drop: [2, B] factors of the residual branches: spatial ones (convolution, attention), FFN. adapt: adapters by tap;

@@ -2,7 +2,7 @@
 
     model.safetensors     the frozen weights, timm's own keys
     adapter.safetensors   blocks.<i>.<tap>.<parameter>
-    adapter.json          {"format", "adapt": kind and options, "base": architecture, "base_sha256": of model.safetensors}
+    adapter.json          format, adapt (kind and options), base (architecture), base_sha256 (of model.safetensors)
 
 timm alone opens such a folder as the *frozen* model; `load_adapted` gives the adapted one.
 """

@@ -177,8 +177,9 @@ def _how_adapted(backbone: Backbone) -> dict[str, str]:
 def verify(backbone: Backbone, folder: Path, image_size: int, images: Tensor | None = None) -> float:
     """Open an export folder with timm alone and compare; returns the largest difference, ExportError above 1e-5.
 
-    A folder with an adapter file is opened by `adapted.load_adapted`. Compared on the CPU in float32, relative to the largest feature where that exceeds one: timm's own forward of the
-    weights in memory (tokens or map), and the pooled feature that training sees.
+    A folder with an adapter file is opened by `adapted.load_adapted`. Compared on the CPU in float32, relative to the
+    largest feature where that exceeds one: timm's own forward of the weights in memory (tokens or map), and the pooled
+    feature that training sees.
     """
     with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
         model = open_export(folder)
