@@ -128,7 +128,7 @@ def test_help_is_short_and_names_only_keys_that_exist(command, capsys):
     needed |= {
         "probe": "checkpoint=x data=folder data.root=x",
         "export": "checkpoint=x out=x",
-        "import": "source=x out=x",
+        "import": "source=x out=x backbone=vit_s",
     }
     needed |= {"proposals": "data=folder data.root=x"}
     needed |= {"show analysis": "checkpoint=x data=folder data.root=x"}
