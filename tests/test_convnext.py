@@ -5,7 +5,7 @@ import torch
 
 from selfsight.backbones.convnext import ConvNeXt, run_block
 from selfsight.backbones.tokens import BackboneError, Drop, Needs, Replace, patchify, pick, unpatchify
-from selfsight.interop.layouts import detect, split
+from selfsight.interop.layouts import recognise, split
 from selfsight.nn import pixel_conv
 
 TINY = {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}
@@ -284,13 +284,13 @@ def test_minkowski_kernels_become_dense_weights():
 def test_official_fine_tuned_file_loads_and_leaves_its_classifier():
     backbone = build("v2_linear")
     state = {"downsample_layers.0.0.weight": torch.ones(8, 3, 4, 4), "norm.weight": torch.ones(32), "head.weight": None}
-    assert detect(state) == ["convnext"]
+    assert recognise(state) == ["convnext"]
     parts = split(state, "convnext")
     assert set(parts["backbone"]) == {"stem.0.weight", "head.norm.weight"} and set(parts["left"]) == {"head.weight"}
     assert set(parts["backbone"]) <= set(backbone.timm.state_dict())
 
 
 def test_unknown_layouts_are_named():
-    assert detect(["fc.weight"]) == []
+    assert recognise({"fc.weight": torch.zeros(2, 2)}) == []
     with pytest.raises(KeyError, match="known: mae, convnext"):
         split({}, "resnet")

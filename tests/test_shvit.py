@@ -7,7 +7,7 @@ import torch
 
 from selfsight.backbones.shvit import SHViT, run_block
 from selfsight.backbones.tokens import BackboneError, Drop, Needs, Replace, patchify, unpatchify
-from selfsight.interop.layouts import detect, split
+from selfsight.interop.layouts import recognise, split
 from selfsight.nn import pixel_conv
 from selfsight.nn.global_batchnorm import from_global
 
@@ -178,7 +178,7 @@ def test_official_files_load_strictly():
     backbone, other = build(), build()
     state = {official_name(key): value for key, value in backbone.timm.state_dict().items()}
     state |= {"head.bn.weight": torch.ones(32), "head.l.weight": torch.ones(7, 32)}
-    assert detect(state) == ["shvit"]
+    assert recognise(state) == ["shvit"]
     parts = split(state, "shvit")
     other.timm.load_state_dict(parts["backbone"])
     assert set(parts["left"]) == {"head.bn.weight", "head.l.weight"}
