@@ -10,9 +10,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from selfsight.backbones import build_backbone
 from selfsight.backbones.tokens import BackboneError, Drop, Needs, Replace
+from selfsight.backbones.watch import watch
 from selfsight.interop.adapted import AdapterError, load_adapted
 from selfsight.interop.export import ExportError, export_backbone, open_export, read_card, verify
 from selfsight.nn.adapters import LowRank, Rows
+from selfsight.probes.load import Loaded
+from selfsight.proposals import Finder
 from selfsight.training.checkpoint import load_unique_state, unique_state
 from selfsight.training.judge import has_batchnorm
 from selfsight.training.teacher import Ema, make_teacher, set_mode
@@ -373,3 +376,32 @@ def test_adapted_blocks_compile_without_breaks_or_recompiles(name, kind):
 def test_refusals_say_what_works(name, adapt, words):
     with pytest.raises(BackboneError, match=words.replace(".", r"\.")), torch.device("meta"):
         build_backbone(name, Needs(), image_sizes=(64,), adapt=adapt)
+
+
+# --- readers that look into timm's own layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["uniadapter", "lora"])
+@torch.no_grad()
+def test_hooks_on_the_plain_model_see_adapted_blocks_and_attention(kind):
+    backbone = move(lively("vit_nano", KINDS[kind])).eval()
+    x, states, attention = images("vit_nano"), {}, {}
+    watch(backbone.plain().eval(), x, states.__setitem__, attention.__setitem__)
+    walked = backbone(x, layers=(0, -1), attention=True)
+    for i, maps in zip((0, 3), walked.maps):
+        torch.testing.assert_close(states[i].patches, maps.flatten(2).mT, rtol=1e-5, atol=1e-5)
+    assert sorted(attention) == [0, 1, 2, 3]
+    torch.testing.assert_close(attention[3][:, :, 0, 1:], walked.attention, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_object_proposals_are_made_from_adapted_keys():
+    backbone = move(lively("vit_nano", {"name": "lora", "rank": 2, "targets": ["k"]})).eval()
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+
+    def keys(model):
+        loaded = Loaded(model, (0.5,) * 3, (0.5,) * 3, 32, 1.0, {"backbone": "vit_nano"})
+        return Finder(loaded, "keys", False, torch.device("cpu")).features(pixels)
+
+    torch.testing.assert_close(keys(backbone), keys(backbone.plain()), rtol=1e-4, atol=1e-5)
+    assert (keys(backbone) - keys(backbone.timm)).abs().max() > 1e-2
