@@ -134,7 +134,9 @@ def test_help_is_short_and_names_only_keys_that_exist(command, capsys):
     needed |= {"show analysis": "checkpoint=x data=folder data.root=x"}
     name = command.rpartition(" ")[2]
     cfg = config.load(name, needed.get(command, "").split())
-    known = {*config._keys(cfg), *config.groups(name), "probe.lrs", "probe.epochs"}
+    known = {*config._keys(cfg), *config.groups(name)}
+    for probe in config.options("probe") if command == "probe" else ():
+        known |= {f"probe.{key}" for key in config.load("probe", ["checkpoint=x", f"probe={probe}"]).probe}
     out = re.sub(r"timm\.create_model\(.*\)|python \w+\.py", "", out)
     named = set(re.findall(r"(?<![\w.\])/:])([a-z_]+(?:\.[a-z_]+)*)=", out))
     assert named <= known, named - known

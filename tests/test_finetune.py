@@ -22,6 +22,7 @@ from selfsight.probes.finetune_published import PUBLISHED, published
 from selfsight.probes.load import Loaded
 from selfsight.probes.run import probe
 from selfsight.training.layer_decay import layered_groups, layers_of
+from selfsight.training.optim import optimizer_state
 
 STRONG = ("probe.mixup=0.8", "probe.cutmix=1.0", "probe.erase=0.5", "probe.augment=rand-m9-mstd0.5-inc1",
           "probe.drop_path=0.5", "probe.ema=0.9")  # fmt: skip
@@ -299,6 +300,22 @@ def test_a_killed_run_continues_to_the_same_bits(exported, roots, tmp_path, monk
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["finetune.json", "finetuned"]
 
 
+def test_weights_optimizer_and_average_are_those_of_an_uninterrupted_run(exported, roots, tmp_path, monkeypatch):
+    cfg = settings(exported, tmp_path, roots, *STRONG)
+    whole = train(cfg, tmp_path / "whole", 2)
+    with monkeypatch.context() as patch:
+        killed_after(patch, 1)
+        with pytest.raises(Killed):
+            train(cfg, tmp_path / "killed", 2)
+    again = train(cfg, tmp_path / "killed", 2)
+    for a, b in zip(state_of(whole), state_of(again), strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def state_of(training):
+    return training.model.state_dict(), optimizer_state(training.optimizer), training.average.module.state_dict()
+
+
 def test_workers_change_nothing(exported, roots, tmp_path):
     results = [probe(settings(exported, tmp_path / str(n), roots, *STRONG, f"num_workers={n}", "probe.epochs=1"))
                for n in (0, 2)]  # fmt: skip
@@ -331,7 +348,7 @@ def test_batch_norm_follows_the_images(tmp_path, roots):
 
 
 def test_the_saved_classifier_opens_with_timm_and_scores_the_same(exported, roots, tmp_path):
-    result = probe(settings(exported, tmp_path, roots, "probe.save=true"))
+    result = probe(settings(exported, tmp_path, roots, "probe.save=true", "probe.ema=0.5"))
     model = timm.create_model(f"local-dir:{result['saved']}", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
     hits = 0
@@ -340,6 +357,23 @@ def test_the_saved_classifier_opens_with_timm_and_scores_the_same(exported, root
         hits += int(model((x - 0.5) / 0.25).argmax()) == ["blue", "green", "red"].index(path.parent.name)
     assert 100 * hits / 24 == pytest.approx(result["top1"])
     assert "fine-tuned with labels" in (tmp_path / "finetuned" / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("convnext_nano_lite", ("probe.grouping=group",)),
+        ("convnextv2_nano_lite", ("probe.mixup=0.8", "probe.repeats=2")),
+        ("shvit_nano_lite", ()),
+    ],
+)
+def test_every_family_learns_and_is_saved(name, words, roots, tmp_path):
+    torch.manual_seed(0)
+    backbone = build_backbone(name, Needs(), image_sizes=(64,))
+    folder = export_backbone(backbone, tmp_path / "export", mean=[0.5] * 3, std=[0.25] * 3, image_size=64, card={})
+    result = probe(settings(folder, tmp_path, roots, "probe.epochs=10", "probe.save=true", *words))
+    assert result["top1"] > 90 and (tmp_path / "finetuned" / "model.safetensors").exists()
 
 
 # ---- published recipes -----------------------------------------------------------------------------------------------
