@@ -164,7 +164,7 @@ def test_the_command_tells_the_backbone_from_the_file(vit, tmp_path, capsys):
     file = saved(tmp_path / "w.pth", vit.timm.state_dict())
     assert cli.main("import", [f"source={file}", f"out={tmp_path / 'out'}", "mean=[0.5,0.5,0.5]"]) == 0
     out = capsys.readouterr().out
-    assert "matched     backbone (54)" in out and "also fits mae, timm" in out
+    assert "matched     backbone (54)" in out and "the layouts dino, mae, timm read it alike" in out
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     assert_close(model(images), vit(images).pooled, "pooled", atol=1e-5)

@@ -19,7 +19,7 @@ from selfsight.backbones.tokens import Needs
 from selfsight.interop.describe import shape_of
 from selfsight.interop.fit import fit_backbone
 from selfsight.interop.initialise import fit_network
-from selfsight.interop.layouts import recognise, split
+from selfsight.interop.layouts import RULES, recognise, split
 from selfsight.interop.load import open_weights, parse
 from selfsight.interop.safe import WeightsError, read_tensors
 from selfsight.nn.heads import PrototypeHead
@@ -292,3 +292,17 @@ def test_the_names_of_parametrised_weight_norm(vit, tmp_path):
         head = {k.replace(old, new): v for k, v in head.items()}
     weights = open_weights(saved(tmp_path / "w.pth", {"teacher": state | {f"head.{k}": v for k, v in head.items()}}))
     assert weights.chosen.modules["head"].keys() == PrototypeHead(128, 10, hidden=12, bottleneck=8).state_dict().keys()
+
+
+@pytest.mark.parametrize("layout", [name for name in RULES if name != "timm"])
+@pytest.mark.parametrize("kind", ["vit", "other"])
+def test_a_layout_that_is_forced_on_another_file_is_a_sentence_or_a_backbone(layout, kind, vit, tmp_path):
+    state = (
+        vit.timm.state_dict() if kind == "vit" else {"stem.0.weight": torch.zeros(4, 3, 4, 4), "gamma": torch.ones(3)}
+    )
+    file = saved(tmp_path / "w.pth", state)
+    try:
+        weights = open_weights(f"{layout}:{file}")
+        fit_backbone(weights.chosen.backbone, vit, source=file)
+    except WeightsError as error:
+        assert str(error).startswith(file)

@@ -63,8 +63,8 @@ def import_folder(
     put(backbone.timm, fitted.state)
     put(backbone, extras_of(net, backbone))
     report = report_of(weights, net, fitted, backbone, {})
-    card = {"objective": weights.layout, "backbone": backbone.architecture, "source": weights.source,
-            "import": report.as_dict()}  # fmt: skip
+    method = weights.layout if len(weights.fits) == 1 else None  # an encoder alone does not say whose it is
+    card = {"objective": method, "backbone": backbone.architecture, "source": source, "import": report.as_dict()}
     size = image_size_for(net, backbone, image_size)
     export_backbone(backbone, out, mean=mean or weights.mean, std=std or weights.std, image_size=size, card=card)
     return report

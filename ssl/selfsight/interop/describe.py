@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 def shape_of(state: Mapping[str, Tensor]) -> Shape:
     """Of a state in timm's names."""
-    if "patch_embed.proj.weight" in state and "blocks.0.attn.qkv.weight" in state:
+    if "blocks.0.attn.qkv.weight" in state and getattr(state.get("patch_embed.proj.weight"), "ndim", 0) == 4:
         return _vit(state)
     if "stages.0.blocks.0.conv_dw.weight" in state:
         return _convnext(state)

@@ -133,19 +133,23 @@ def _resized(patches: Tensor, old: tuple[int, int], new: tuple[int, int], rule: 
     return resample_abs_pos_embed(patches, new_size=list(new), old_size=list(old), num_prefix_tokens=0)
 
 
+GAIN = re.compile(r"(?P<block>.*?)\.(?P<kind>ls1\.gamma|ls2\.gamma|gamma)$")
+
+
 def _fit_layer_scale(state: dict[str, Tensor], own: Mapping[str, Tensor], changed: list[str]) -> dict[str, Tensor]:
     """A gain per channel behind each branch: folded into the branch's last layer, or set to one, whichever is exact."""
-    scales = [k for k in state if re.search(r"\.(ls[12]\.gamma|gamma)$", k) and k not in own]
-    for key in scales:
-        block = key.rsplit(".", 2 if key.endswith("ls1.gamma") or key.endswith("ls2.gamma") else 1)[0]
-        last = f"{block}.attn.proj" if key.endswith("ls1.gamma") else f"{block}.mlp.fc2"
-        gain = state.pop(key)
-        weight = state[f"{last}.weight"]
-        state[f"{last}.weight"] = weight * gain.view(-1, *[1] * (weight.ndim - 1))
-        state[f"{last}.bias"] = state[f"{last}.bias"] * gain
-    missing = [k for k in own if re.search(r"\.(ls[12]\.gamma|gamma)$", k) and k not in state]
+    folded = 0
+    for key in [k for k in state if GAIN.match(k) and k not in own]:
+        found = GAIN.match(key)
+        last = f"{found['block']}.{'attn.proj' if found['kind'].startswith('ls1') else 'mlp.fc2'}"
+        if f"{last}.weight" in state and f"{last}.bias" in state:
+            gain, weight = state.pop(key), state[f"{last}.weight"]
+            state[f"{last}.weight"] = weight * gain.view(-1, *[1] * (weight.ndim - 1))
+            state[f"{last}.bias"] = state[f"{last}.bias"] * gain
+            folded += 1
+    missing = [k for k in own if GAIN.match(k) and k not in state]
     state |= {k: torch.ones(own[k].shape) for k in missing}
-    changed += [f"LayerScale folded into {len(scales)} layers"] * bool(scales)
+    changed += [f"LayerScale folded into {folded} layers"] * bool(folded)
     changed += [f"LayerScale of {len(missing)} branches set to 1, as the file has none"] * bool(missing)
     return state
 

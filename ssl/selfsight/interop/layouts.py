@@ -188,14 +188,16 @@ def split(state: Mapping[str, Tensor], layout: str) -> dict[str, dict[str, Tenso
     for name in ("weight", "bias"):  # SelfPatch's head owns the backbone's final norm
         if (norm := parts["heads"].get(f"ca_head.norm.{name}")) is not None:
             parts["backbone"][f"norm.{name}"] = norm
-    if layout == "dinov2" and "reg_token" in parts["backbone"]:
-        _place_registers(parts["backbone"])
     if parts["teacher"]:  # CIM's has no class token and positions of its own
         parts["teacher"] |= {k: v for k, v in parts["backbone"].items() if k in ("cls_token", "pos_embed")}
-    if layout == "odis":
-        _place_object_token(parts["backbone"])
-    if layout == "udi" and "cls_token" in parts["backbone"]:
-        _place_second_class_token(parts["backbone"])
+    backbone = parts["backbone"]
+    if {"cls_token", "pos_embed"} <= backbone.keys():
+        if layout == "dinov2" and "reg_token" in backbone:
+            _place_registers(backbone)
+        elif layout == "odis" and "obj_token" in backbone:
+            _place_object_token(backbone)
+        elif layout == "udi" and backbone["cls_token"].shape[1] == 2:
+            _place_second_class_token(backbone)
     return parts
 
 

@@ -36,7 +36,7 @@ class Weights(NamedTuple):
     source: str
     what: str
     layout: str
-    fits: list[str]
+    fits: list[str]  # this layout, and those that read the file alike
     student: Network | None
     teacher: Network | None
     centers: dict[str, Tensor]
@@ -101,29 +101,33 @@ def _from_file(source: str, path: Path, layout: str | None, own: Mapping[str, Te
     fits = fits or recognise(stripped) or _timms(state, own) or _timms(stripped, own)
     if stripped is not state:
         found = found._replace(**{w: _without_common_prefix(getattr(found, w)) for w in ("student", "teacher")})
-    layout = layout or _choose(path, stripped, fits)
+    fits = [layout] if layout else _alike(path, stripped, fits)
+    layout = fits[0]
     nets = {which: _network(getattr(found, which), layout) for which in ("student", "teacher")}
     if nets["student"] and layout == "cim":
         nets["teacher"] = _cims_teacher(found.student)
     if nets["student"] and nets["teacher"] and not nets["teacher"].extras:  # iBOT's teacher never masks
         nets["teacher"] = nets["teacher"]._replace(extras=nets["student"].extras)
     if not any(net and net.backbone for net in nets.values()):
-        raise WeightsError(f"{path} has nothing of the {layout} layout; its keys fit {_or(fits) or 'no known one'}")
+        raise WeightsError(f"{path} has nothing of the {layout} layout; its keys are {_some(state)}")
     what = f"checkpoint {path}"
     return Weights(source, what, layout, fits, **nets, centers=found.centers, mean=IMAGENET[0], std=IMAGENET[1],
                    sha256=sha256(path))  # fmt: skip
 
 
-def _choose(path: Path, state: Mapping[str, Tensor], fits: list[str]) -> str:
-    """The layout to read by: the most specific one, if the others say the same about the file."""
+def _alike(path: Path, state: Mapping[str, Tensor], fits: list[str]) -> list[str]:
+    """The layouts that fit, less those that another one refines; WeightsError where they read the file differently."""
     if not fits:
-        some = ", ".join(sorted(state)[:3])
-        raise WeightsError(f"{path} fits no known layout ({', '.join(RULES)}); its keys are {some} …")
+        raise WeightsError(f"{path} fits no known layout ({', '.join(RULES)}); its keys are {_some(state)}")
     plain = [name for name in fits if name not in {REFINES.get(other) for other in fits}]
     readings = {name: {part: sorted(found) for part, found in split(state, name).items()} for name in plain}
     if any(reading != readings[plain[0]] for reading in readings.values()):
         raise WeightsError(f"{path} fits {_or(plain)}, which read it differently; say which: {plain[0]}:{path}")
-    return plain[0]
+    return plain
+
+
+def _some(state: Mapping[str, Tensor]) -> str:
+    return f"{', '.join(sorted(state)[:3])} …"
 
 
 def _timms(state: Mapping[str, Tensor], own: Mapping[str, Tensor] | None) -> list[str]:

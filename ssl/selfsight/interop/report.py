@@ -17,7 +17,7 @@ class Report:
     source: str  # as it was typed
     what: str  # in words: an official file, a run folder …
     layout: str
-    fits: list[str]  # all layouts that the keys fit
+    fits: list[str]  # this layout, and those that read the file alike
     networks: str  # which of the file's networks went where
     sha256: str | None = None
     matched: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -33,9 +33,8 @@ class Report:
 
     def text(self) -> str:
         """Lines for the first screen."""
-        others = [name for name in self.fits if name != self.layout]
-        also = f"; also fits {', '.join(others)}" if others else ""
-        layout = f" ({self.layout} layout{also})" if self.official else ""
+        layout = f"{self.layout} layout" if len(self.fits) == 1 else f"the layouts {', '.join(self.fits)} read it alike"
+        layout = f" ({layout})" if self.official else ""
         rows = [
             ("weights", f"{self.what}, {self.networks}{layout}"),
             ("matched", _counts(self.matched)),
