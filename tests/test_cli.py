@@ -127,6 +127,7 @@ def test_help_is_short_and_names_only_keys_that_exist(command, capsys):
     needed = {"index": "data.train=x", "prepare": "kind=scenes out=x", "doctor": "data=folder data.root=x"}
     needed |= {
         "probe": "checkpoint=x data=folder data.root=x",
+        "table": "checkpoint=x data=folder data.root=x",
         "export": "checkpoint=x out=x",
         "import": "source=x out=x backbone=vit_s",
     }

@@ -368,4 +368,4 @@ def test_loading_imports_no_torch_and_is_quick():
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     modules, seconds = done.stdout.rsplit(None, 1)
     assert modules == "[]"
-    assert float(seconds) < 1.5  # processor time: the machine may be busy
+    assert float(seconds) < 2.5  # processor time, which a busy machine still doubles (caches)

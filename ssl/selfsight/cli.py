@@ -115,12 +115,12 @@ Many probes of one or several frozen backbones: one pass over the images for all
 
   {call} checkpoint=runs/my-run
   {call} checkpoint=[runs/mae,runs/dino] data=shards data.train='/d/train-*.tar' data.val='/d/val-*.tar'
-  {call} checkpoint=runs/my-run probes=[knn,ep,segmentation] masks.train='/d/train-*.tar' masks.val='/d/val-*.tar'
+  {call} checkpoint=runs/my-run probes=[knn,segmentation] masks.train='/d/train-*.tar' masks.val='/d/val-*.tar'
 
 what         checkpoint=  run folders, export folders or timm models: one, or [several]
              step= last | best | <number>           which= student | teacher
 rows         probes=      knn linear layerwise lowshot retrieval rotation segmentation finetune, and poolings
-             set='linear.epochs=20 knn.k=[10,20]'   keys of single rows      seeds=      images=
+             set='<row>.<key>=<value> …'   keys of single rows      seeds=      images=
 data         data=        {data}   (left out: what each run was trained on; keys as for probe)
              masks.train= masks.val=     shards with mask.png for the row segmentation
              image_size=  batch_size=  num_workers=  seed=  device=
