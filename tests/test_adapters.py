@@ -181,6 +181,7 @@ def test_a_teacher_shares_what_is_frozen_and_checkpoints_hold_it_once(name, kind
     mine, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
     shared = {k for k in mine if mine[k].data_ptr() == theirs[k].data_ptr()}
     assert shared == {k for k, p in mine.items() if not p.requires_grad}
+    assert {k.rpartition(".")[2] for k, _ in student.named_buffers()} <= {"rows", "num_batches_tracked"}  # copied
     assert sum(p.numel() for p in ema.teacher) == sum(p.numel() for p in mine.values() if p.requires_grad)
     both = torch.nn.ModuleDict({"student": student, "teacher": teacher})
     stored = unique_state(both)
