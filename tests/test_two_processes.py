@@ -183,8 +183,8 @@ def test_processes_that_see_different_checkpoints_are_told(two):
 def compare(two: dict, one: dict) -> None:
     assert one.keys() == two.keys()
     for key, expected in one.items():
-        # timm resamples positions in float32 whatever their type, so a gradient through it is rounded at the scale of its
-        # largest entries; everything else here is float64.
+        # timm resamples positions in float32 whatever their type, so a gradient through it is rounded at the scale of
+        # its largest entries; everything else here is float64.
         atol = 1e-7 * expected.abs().max().item() if key.endswith("pos_embed") else 1e-9
         torch.testing.assert_close(two[key], expected, rtol=1e-7, atol=atol, msg=lambda m, k=key: f"{k}: {m}")
 
