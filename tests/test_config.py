@@ -365,7 +365,10 @@ def test_loading_imports_no_torch_and_is_quick():
         "import sys, time, selfsight.config as c; c.load('train', []); "
         "print(sorted({'torch', 'timm', 'lightning'} & set(sys.modules)), time.process_time())"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    modules, seconds = done.stdout.rsplit(None, 1)
-    assert modules == "[]"
-    assert float(seconds) < 2.5  # processor time, which a busy machine still doubles (caches)
+    found = []
+    for _ in range(3):  # processor time, and the quickest of three: a busy machine spoils the caches
+        done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+        modules, seconds = done.stdout.rsplit(None, 1)
+        assert modules == "[]"
+        found.append(float(seconds))
+    assert min(found) < 1.5
