@@ -5,13 +5,17 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import runs
 from selfsight import config
+from selfsight.backbones import build_backbone
+from selfsight.backbones.tokens import Needs
 from selfsight.data import open_source
 from selfsight.data.loader import Samples
 from selfsight.data.order import Order
+from selfsight.interop.load import open_weights
+from selfsight.interop.safe import WeightsError
 from selfsight.objectives import NAMES, build_objective
 from selfsight.probes.bank import encode
 from selfsight.probes.load import load_backbone
@@ -133,6 +137,37 @@ def test_a_probe_sees_the_adapted_features(run, tmp_path):
     words = ["data.num_train=40", "data.num_val=16", "probe.bank=24", "device=cpu", f"out={tmp_path}"]
     probe(config.load("probe", [f"checkpoint={folder}", "probe=knn", "data=scenes", *words]))
     assert 0 <= json.loads((tmp_path / "knn.json").read_text())["top1"] <= 100
+
+
+def test_what_a_run_has_learnt_in_adapters_is_never_left_behind_in_silence(run):
+    words, folder = run
+    if "adapt=lora" in words:
+        with pytest.raises(WeightsError, match=r"its export has both merged: init_from=.*/export$"):
+            open_weights(str(folder))
+        merged = open_weights(f"{folder}/export").chosen.backbone
+        tensors, _ = checkpoint.load(checkpoint.newest(folder / "checkpoints"))
+        assert not torch.equal(merged["blocks.0.attn.qkv.weight"],
+                               tensors["student.backbone.timm.blocks.0.attn.qkv.weight"])  # fmt: skip
+        return
+    with pytest.raises(WeightsError, match=r"adapt=uniadapter .* cannot be merged: begin with the weights that were"):
+        open_weights(str(folder))
+    with pytest.raises(WeightsError, match=r"an adapter beside it \(adapter\.json\)"):
+        open_weights(f"{folder}/export")
+
+
+@pytest.mark.parametrize("kind", ["uniadapter", "apla"])
+def test_adapters_are_trained_on_weights_from_elsewhere(run, tmp_path, kind):
+    """The frozen weights of a run that was given others are those others, bit for bit, at its end."""
+    torch.manual_seed(7)
+    state = {k: torch.randn_like(v) * 0.05 for k, v in build_backbone("vit_nano", Needs(), image_sizes=(32,)).timm.
+             state_dict().items()}  # fmt: skip
+    save_file(state, tmp_path / "other.safetensors")
+    words = ("objective=dino", "backbone=vit_nano", f"adapt={kind}", f"init_from=timm:{tmp_path}/other.safetensors")
+    runs.run_here(tmp_path / "r", *words, "max_steps=2", "optim.lr=0.01", "knn.every_n_steps=0")
+    tensors, _ = checkpoint.load(checkpoint.newest(tmp_path / "r" / "checkpoints"))
+    timm = {k.removeprefix("student.backbone.timm."): v for k, v in tensors.items() if ".backbone.timm." in k}
+    moved = {k for k in state if not torch.equal(timm[k], state[k])}
+    assert moved == {k for k in state if kind == "apla" and ".attn.proj." in k}
 
 
 def test_the_first_screen_says_what_trains_and_that_random_weights_are_frozen(tmp_path, capsys):

@@ -179,6 +179,8 @@ def _from_run(source: str, folder: Path) -> Weights:
 
     cfg, path = config.read(folder / "config.yaml"), find_checkpoint(folder)
     tensors, meta = checkpoint.load(path)
+    if any(".adapters." in f".{key}" for key in tensors):
+        raise WeightsError(_adapted_run(folder, cfg.adapt.name))
     grouped = _grouped(tensors)
     centers = {name: state["center"] for name, state in grouped.items() if set(state) == {"center"}}
     beside = {k: v for k, v in grouped.items() if k not in ("student", "teacher", *centers)}
@@ -189,6 +191,14 @@ def _from_run(source: str, folder: Path) -> Weights:
     what = f"run folder {folder} ({cfg.objective.name}, step {meta['step']:,})"
     return Weights(source, what, "selfsight", ["selfsight"], student, teacher, centers, mean, std,
                    cfg.backbone.get("num_heads"), sha256(path / "model.safetensors"))  # fmt: skip
+
+
+def _adapted_run(folder: Path, adapt: str) -> str:
+    """Why a run whose adapters lie apart from its weights is not taken: they would be lost."""
+    apart = f"run folder {folder} keeps what adapt={adapt} has learnt apart from its weights"
+    if adapt in ("lora", "apla"):
+        return f"{apart}; its export has both merged: init_from={folder}/export"
+    return f"{apart}, where it cannot be merged: begin with the weights that were adapted, or continue that run itself"
 
 
 def _our_network(state: Mapping[str, Tensor], beside: Mapping[str, dict[str, Tensor]]) -> Network:
@@ -208,6 +218,11 @@ def _from_folder(source: str, folder: Path) -> Weights:
     if file is None or not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} is neither a run folder (config.yaml) nor a folder that timm opens (config.json "
                            "and model.safetensors)")  # fmt: skip
+    if (folder / "adapter.json").is_file():
+        raise WeightsError(
+            f"folder {folder} is a frozen model with an adapter beside it (adapter.json), which cannot be merged into "
+            "weights: begin with the weights that were adapted"
+        )
     about = json.loads((folder / "config.json").read_text())
     own = about.get("pretrained_cfg") or {}
     found = networks(read_tensors(file))
