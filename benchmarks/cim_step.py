@@ -19,10 +19,10 @@ import argparse
 import copy
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import machine
+import step_options
 import torch
 import torch.nn.functional as F
 from distill_step import STEPS, WARM_UP, Timer, Turn, summary
@@ -178,17 +178,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("keys", nargs="*", help="config keys, for example objective.exemplars=4")
     parser.add_argument("--backbone", default="vit_s")
     parser.add_argument("--batch", type=int, default=4, help="images per step")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="32", choices=["32", "bf16"])
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="steps per repeat (use more on a GPU)")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_intermixed_args(words)
-    for option in ("batch", "threads", "repeats", "steps"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} {getattr(args, option)}: give 1 or more")
-    return args
+    return step_options.parse(parser, words)
 
 
 def main() -> None:
@@ -200,9 +190,7 @@ def main() -> None:
         print(f"cim_step.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     report(found)
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if args.device == "cuda" else {}
-    settings = {k: getattr(args, k) for k in ("backbone", "device", "precision", "threads", "repeats", "steps")}
-    machine.save(args.out, "cim_step.py", gpu | settings | found)
+    machine.save(args.out, "cim_step.py", step_options.settings(args) | found)
 
 
 if __name__ == "__main__":

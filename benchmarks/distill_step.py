@@ -24,10 +24,10 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import machine
+import step_options
 import textbook_distill
 import torch
 from torch import Tensor
@@ -230,17 +230,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, help="side of global crops; default: the backbone's")
     parser.add_argument("--batch", type=int, default=4, help="images per step")
     parser.add_argument("--prototypes", type=int, help="default: the recipe's")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", default="32", choices=["32", "bf16"])
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="steps per repeat (use more on a GPU)")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    args = parser.parse_intermixed_args(words)
-    for option in ("batch", "threads", "repeats", "steps"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} {getattr(args, option)}: give 1 or more")
-    return args
+    return step_options.parse(parser, words)
 
 
 def main() -> None:
@@ -254,9 +244,7 @@ def main() -> None:
     except (ConfigError, BackboneError) as error:
         print(f"distill_step.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if args.device == "cuda" else {}
-    settings = {k: getattr(args, k) for k in ("backbone", "device", "precision", "threads", "repeats", "steps")}
-    machine.save(args.out, "distill_step.py", gpu | settings | {"objectives": results})
+    machine.save(args.out, "distill_step.py", step_options.settings(args) | {"objectives": results})
 
 
 if __name__ == "__main__":
