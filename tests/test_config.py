@@ -213,11 +213,11 @@ def test_the_config_of_an_earlier_version_gets_defaults_for_newer_keys(tmp_path)
     assert config.diff(old, cfg) == ["optim.clip_mode: null -> per_tensor"]
 
 
-@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa", "cim"])
+@pytest.mark.parametrize("objective", ["mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa", "cim", "glare"])
 def test_a_stream_gets_shares_where_the_recipe_counts_epochs(objective):
     cfg = config.load("train", [f"objective={objective}", *STREAM, "max_steps=1000"])
     assert cfg.optim.warmup.endswith("%")
-    for key in ("freeze_last_layer", "teacher_temp_warmup", "mask_start"):
+    for key in ("freeze_last_layer", "teacher_temp_warmup", "mask_start", "head_warmup"):
         assert not str(cfg.objective.get(key)).endswith("ep")
     if objective == "dino":
         assert cfg.objective.freeze_last_layer == "1%"  # one of a hundred epochs

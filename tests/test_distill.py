@@ -22,7 +22,7 @@ SMALL = (
     "views.local.n=2", "views.local.size=16", "batch_size=4", "objective.centering=center", "objective.koleo=0",
     "objective.teacher_temp=0.04", "objective.teacher_temp_start=0.04",
 )  # fmt: skip
-OBJECTIVES = ("dino", "ibot", "selfpatch", "odis")
+OBJECTIVES = ("dino", "ibot", "selfpatch", "odis", "glare")
 
 
 def build(name, *overrides, total_steps=10):
@@ -36,6 +36,10 @@ def batch_of(objective, b=4, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     images = {c.name: torch.randn(c.count, b, 3, c.size, c.size, dtype=dtype, generator=generator) for c in views.crops}
     batch = {"key": torch.from_numpy(key_of(0, np.arange(b))), "position": torch.arange(b), "images": images}
+    start = torch.rand(2, b, 2, dtype=dtype, generator=generator) * 20  # boxes of 40 pixels, every second one mirrored
+    batch["boxes"] = {"global": torch.cat([start, start + 40], 2)}
+    batch["boxes"]["global"][1, ::2] = batch["boxes"]["global"][1, ::2][:, [0, 3, 2, 1]]
+    batch |= {"mean": torch.full((3,), 0.5, dtype=dtype), "std": torch.full((3,), 0.25, dtype=dtype)}
     if views.cells:
         (cells,) = views.cells
         batch["cells"] = {cells.name: (torch.rand(2, b, *cells.grid, generator=generator) < 0.4).to(torch.uint8)}
@@ -163,7 +167,7 @@ def test_loss_is_a_pure_function_of_the_batch(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["dino", "ibot", *(pytest.param(n, marks=pytest.mark.slow) for n in ("selfpatch", "odis"))]
+    "name", ["dino", "ibot", *(pytest.param(n, marks=pytest.mark.slow) for n in ("selfpatch", "odis", "glare"))]
 )
 def test_forward_compiles_without_breaks_or_recompiles(name):
     objective = build(name)

@@ -26,7 +26,7 @@ FAMILIES = {
 BF16 = "trainer.precision=bf16-mixed"
 CASES = {
     f"{objective}-{family}": (f"objective={objective}", *words)
-    for objective in ("mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa", "cim")
+    for objective in ("mae", "dino", "ibot", "selfpatch", "odis", "ijepa", "dmt_jepa", "cim", "glare")
     for family, words in FAMILIES.items()
     if objective in ("mae", "ijepa") or family != "convnext"  # V1 and V2 differ where cells are hidden by dropping them
 } | {
@@ -37,6 +37,7 @@ CASES = {
     },
     "mae-convnextv2-lora": ("objective=mae", *FAMILIES["convnextv2"], "adapt=lora"),
     "ibot-shvit-uniadapter": ("objective=ibot", *FAMILIES["shvit"], "adapt=uniadapter"),
+    "glare-vit-uniadapter": ("objective=glare", *FAMILIES["vit"], "adapt=uniadapter", "objective.head_warmup=2"),
     "mae-vit-bf16": ("objective=mae", *FAMILIES["vit"], BF16),
     "ibot-vit-bf16": ("objective=ibot", *FAMILIES["vit"], BF16),
     "dmt_jepa-vit-bf16": ("objective=dmt_jepa", *FAMILIES["vit"], BF16),

@@ -329,5 +329,5 @@ def test_udi_with_two_class_tokens(tmp_path):
     }  # fmt: skip
     args = {"name": "vit_b", "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
     model, report = imported(tmp_path, {"teacher": tree}, **args)
-    assert report.layout == "udi" and report.left["backbone.attn"] == 1
+    assert report.layout == "udi" and report.left["ca.attn"] == 1
     assert_close(model.forward_features(images), expected, "tokens", atol=1e-5)

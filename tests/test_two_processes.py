@@ -65,6 +65,12 @@ CASES = {
         for kind in ("uniadapter", "adaptformer", "lora", "apla", "bitfit")
     },
     "dino shvit lora": ("objective=dino", "backbone=shvit_nano_lite", "image_size=64", "adapt=lora"),
+    "glare vit": (
+        "objective=glare", "backbone=vit_nano", "image_size=32", "adapt=uniadapter", "views.local.n=1", *CENTRED,
+    ),
+    "glare vit sinkhorn": ("objective=glare", "backbone=vit_nano", "image_size=32", "objective.koleo=0.1"),
+    "glare convnext": ("objective=glare", "backbone=convnext_nano_lite", "image_size=64", "objective.patch_aug=mask"),
+    "glare shvit": ("objective=glare", "backbone=shvit_nano_lite", "image_size=128"),
     "cim shvit": ("objective=cim", "backbone=shvit_nano_lite", "image_size=128", "objective.exemplars=2"),
 }  # fmt: skip
 FAST = (
@@ -79,6 +85,7 @@ FAST = (
     "ijepa vit",
     "dmt_jepa vit",
     "cim vit",
+    "glare vit",
     "dino vit uniadapter",
     "dino vit adaptformer",
     "dino vit lora",

@@ -236,6 +236,7 @@ class Fallback:
     teacher_temp: float | None = number(None, 1e-4)
     teacher_temp_start: float | None = number(None, 1e-4)
     freeze_last_layer: Any = span(None)
+    head_warmup: Any = span(None)
     centering: str | None = one_of(None, "center", "sinkhorn")
     koleo: float | None = number(None)
     blur_p: list[float] | None = numbers(None, 3, 0, 1)
@@ -360,6 +361,21 @@ class ODIS(IBOT):
     min_area: float = number(0.04, 0, 1)
     min_visible: float = number(0.25, 0, 1)
     exact_mean: bool = True
+
+
+@dataclasses.dataclass
+class GLARE(DINO):
+    name: str = one_of("glare", "glare")
+    patch_aug: str = one_of("blur", "blur", "noise", "gray", "shuffle", "mask")
+    patch_ratio: float = number(0.3, 0, 0.9)
+    regions: str = one_of("attention", "attention", "grid")
+    num_regions: int = integer(8, 1, 64)
+    random_regions: float = number(0.25, 0, 1)
+    window: int | None = integer(None, 1)
+    region_attention: str = one_of("plain", "plain", "srs")
+    points: int = integer(64)
+    weights: list[float] = numbers([1.0, 1.0, 1.0], 3, 0, 100)
+    head_warmup: Any = span(None)
 
 
 @dataclasses.dataclass
@@ -952,6 +968,7 @@ SCHEMAS: dict[str, Any] = {
         "ijepa": IJEPA,
         "dmt_jepa": DMTJEPA,
         "cim": CIM,
+        "glare": GLARE,
     },
     "backbone": BackboneConfig,
     "data": {"shards": Data, "folder": Data, "scenes": Scenes},

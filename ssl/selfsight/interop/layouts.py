@@ -69,9 +69,10 @@ RULES: dict[str, list[Rule]] = {
     "dino": _DISTILLED,
     "ibot": _DISTILLED,
     "selfpatch": _DISTILLED,
-    # ISL-CV/udi: two class tokens; three names for one head; the sampling attention has no place here.
+    # ISL-CV/udi: two class tokens; three names for one head; its attention over sampled regions is GLARE's `srs`.
     "udi": [
         (r"(?:backbone\.){0,2}" + _VIT, "backbone", r"\1"),
+        (r"(?:backbone\.)?((?:attn|norm1)\..*)", "heads", r"ca.\1"),
         (r"head\.0\.(.*)", "heads", r"head.\1"),
     ],
     # ODIS with a class token beside the object token (a derivative's; there is no official code).

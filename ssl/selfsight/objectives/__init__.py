@@ -17,6 +17,7 @@ NAMES = {
     "ijepa": "ijepa:IJEPA",
     "dmt_jepa": "dmt_jepa:DMTJEPA",
     "cim": "cim:CIM",
+    "glare": "glare:GLARE",
 }
 
 

@@ -1,4 +1,4 @@
-"""Where crops lie: boxes of one image, drawn from its key; independently, or around one of its objects.
+"""Where crops lie: boxes of one image, drawn from its key; independently, overlapping, or around one of its objects.
 
 `u(purpose, n)` gives n uniform float32 numbers of the sample at hand (`data.rng.uniform` bound to its key). Runs per
 sample in loader workers, so everything is a handful of small numpy operations.
@@ -53,6 +53,31 @@ def independent(
         boxes[missed] = centred[missed]
     ends = np.cumsum([crop.count for crop in crops])
     return {crop.name: boxes[end - crop.count : end] for crop, end in zip(crops, ends)}
+
+
+def overlapping(
+    u: Uniform, crops: Sequence[Crop], height: int, width: int, sample: Any = None
+) -> dict[str, np.ndarray]:
+    """Crops of the first kind that share a part of the image, the other kinds within the box around them (UDI; GLARE).
+
+    Each is drawn as by `independent`; further ones of the first kind are then moved towards the first one, no more
+    than it takes to share half of the shorter side along each axis, so at least a quarter of the smaller one's area.
+    """
+    placed = independent(u, crops[:1], height, width)
+    boxes = placed[crops[0].name]
+    for box in boxes[1:]:
+        for axis in (0, 1):
+            (start, end), length = boxes[0, [axis, axis + 2]], box[axis + 2] - box[axis]
+            least = np.ceil(min(end - start, length) / 2)
+            last = (height, width)[axis] - length
+            box[axis] = np.clip(box[axis], max(start + least - length, 0), min(end - least, last))
+            box[axis + 2] = box[axis] + length
+    if len(crops) > 1:
+        y0, x0 = boxes[:, :2].min(0)
+        y1, x1 = boxes[:, 2:].max(0)
+        inner = independent(lambda purpose, n: u(f"{purpose}/inner", n), crops[1:], int(y1 - y0), int(x1 - x0))
+        placed |= {name: found + np.array([y0, x0, y0, x0], np.float32) for name, found in inner.items()}
+    return placed
 
 
 @lru_cache(maxsize=64)
