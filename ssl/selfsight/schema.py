@@ -837,6 +837,7 @@ class Table:
 
 @dataclasses.dataclass
 class Probe(Judged):
+    adapt: Any = None
     checkpoint: str | None = None
     step: Any = kept_step()
     out: str | None = None

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..nn.adapters import Bottleneck, LowRank, Rows
 from ..nn.global_batchnorm import freeze_statistics
@@ -110,19 +111,26 @@ def adapt_backbone(backbone: Backbone, adapt: str | Mapping[str, Any]) -> None:
     settings = settings_of(adapt)
     if settings["name"] == "none":
         return
-    taps = [tap for block in blocks_of(backbone.timm).values() if (tap := backbone.taps(block)) is not None]
-    refuse(backbone, settings, taps)
-    chosen = [p for p in own(backbone.timm, settings, taps) if p.requires_grad]  # not what the loss never sees
-    backbone.timm.requires_grad_(False)
-    try:
-        freeze_statistics(backbone.timm)
-    except ValueError as error:
-        raise BackboneError(f"adapt={settings['name']} on {backbone.architecture}: {error}; use adapt=none") from None
-    for parameter in chosen:
-        parameter.requires_grad_(True)
+    taps = freeze(backbone.timm, type(backbone), settings, backbone.architecture)
     with torch.random.fork_rng(devices=[]):  # so that what is drawn later (heads) is that of a run without adapters
         torch.default_generator.manual_seed(torch.initial_seed() + 1)
         backbone.adapters = Adapters(settings, taps)
+
+
+def freeze(model: nn.Module, family: type[Backbone], settings: Mapping[str, Any], name: str) -> list[Taps]:
+    """Freeze a timm model but for what this kind trains of it; the taps of its blocks. BackboneError where it makes no
+    sense; name: of the model in messages."""
+    taps = [tap for block in blocks_of(model).values() if (tap := family.taps(block)) is not None]
+    refuse(name, settings, taps)
+    chosen = [p for p in own(model, settings, taps) if p.requires_grad]  # not what the loss never sees
+    model.requires_grad_(False)
+    try:
+        freeze_statistics(model)
+    except ValueError as error:
+        raise BackboneError(f"adapt={settings['name']} on {name}: {error}; use adapt=none") from None
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return taps
 
 
 def beside(settings: Mapping[str, Any], taps: Taps) -> dict[str, nn.Module]:
@@ -158,9 +166,9 @@ def own(model: nn.Module, settings: Mapping[str, Any], taps: Sequence[Taps]) -> 
     return list(found.values())
 
 
-def refuse(backbone: Backbone, settings: Mapping[str, Any], taps: Sequence[Taps]) -> None:
-    """BackboneError where a kind or its options make no sense on this backbone."""
-    kind, name = settings["name"], backbone.architecture
+def refuse(name: str, settings: Mapping[str, Any], taps: Sequence[Taps]) -> None:
+    """BackboneError where a kind or its options make no sense on this model."""
+    kind = settings["name"]
     if kind == "bitfit":
         if not (settings["biases"] or settings["norms"]):
             raise BackboneError("adapt.biases=false and adapt.norms=false leave nothing to train; set one of them")
@@ -211,6 +219,46 @@ def merge(layer: nn.Module, part: LowRank | Rows) -> None:
     layer.weight += weight.view_as(layer.weight)
     if bias is not None:
         layer.bias += bias
+
+
+class _Added(nn.Module):
+    """A weight or bias of a frozen layer plus an adapter's difference."""
+
+    def __init__(self, part: LowRank | Rows, which: int):
+        super().__init__()
+        self.which, self.given = which, (part,)  # a tuple, as a module may be registered only once:
+        if which == 0:
+            self.part = part  # by the weight
+
+    def forward(self, frozen: Tensor) -> Tensor:
+        return frozen + self.given[0].difference()[self.which].view_as(frozen)
+
+
+def adapt_timm(model: nn.Module, family: type[Backbone], adapt: str | Mapping[str, Any], name: str) -> nn.Module:
+    """A timm model frozen but for what this kind trains, with its adapters inside (in place), to train it as it is.
+
+    What can be merged stands as a parametrization of its layer, `merged` makes a plain model of it.
+    """
+    settings = settings_of(adapt)
+    adapters = Adapters(settings, freeze(model, family, settings, name))
+    if not adapters.merges:
+        return attach(model, adapters, family)
+    for block, parts in zip(blocks_of(model).values(), adapters.blocks):
+        for tap, part in parts.items():
+            layer = family.taps(block).layers[tap]
+            for which, kind in enumerate(("weight", "bias")):
+                if part.difference()[which] is not None:
+                    parametrize.register_parametrization(layer, kind, _Added(part, which))
+    return model
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of a model of `adapt_timm` with its differences in the weights."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name in list(getattr(module, "parametrizations", ())):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model
 
 
 def attach(model: nn.Module, adapters: Adapters, family: type[Backbone]) -> nn.Module:

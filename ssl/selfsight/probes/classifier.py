@@ -7,6 +7,8 @@ normal of deviation 2e-5, as in MAE and ConvNeXt V2.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -14,6 +16,11 @@ import torch
 from timm.models import VisionTransformer
 from torch import nn
 
+from ..backbones import class_of, family_of
+from ..backbones.adapters import adapt_timm
+from ..backbones.tokens import BackboneError
+from ..backbones.watch import blocks_of
+from ..nn.global_batchnorm import freeze_statistics
 from . import ProbeError
 from .load import Loaded
 from .readout import plain
@@ -23,21 +30,69 @@ DROP_PATH = 0.1  # where the setting is null and the model has it
 
 
 def build_classifier(
-    loaded: Loaded, classes: int, *, pool: str | None = None, drop_path: float | None = None, seed: int = 0
+    loaded: Loaded,
+    classes: int,
+    *,
+    pool: str | None = None,
+    drop_path: float | None = None,
+    seed: int = 0,
+    adapt: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm model with the weights of `loaded` and a fresh classifier, on the CPU.
 
     pool: avg | token | None (avg on models with patch and class tokens, else the model's own). drop_path: timm's
-    drop_path_rate; None = 0.1 where the model has it. seed: of the head. ProbeError where timm cannot build it.
+    drop_path_rate; None = 0.1 where the model has it. seed: of the head. adapt: a config's group; what it freezes needs
+    no gradient, and bottlenecks that `loaded` has already are kept. ProbeError where timm cannot build it.
     """
     headless = plain(loaded.model, loaded.image_size)
     args = _given(dict(loaded.model_args) | {"num_classes": classes} | _pooling(headless, pool, loaded.architecture))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _create(loaded.architecture, args, drop_path)
+        held = _carry_adapters(model, headless)
         _load(model, headless, loaded.architecture)
         _init_head(model)
+        if adapt and adapt["name"] != "none":
+            _adapt(model, adapt, held, loaded.architecture)
     return model
+
+
+def _carry_adapters(model: nn.Module, headless: nn.Module) -> list[nn.Module]:
+    """Put the bottlenecks that stand in the blocks of the one into those of the other; all of them."""
+    held = []
+    for mine, theirs in zip(blocks_of(model).values(), blocks_of(headless).values()):
+        if hasattr(theirs, "adapter"):
+            mine.__class__, mine.adapter = type(theirs), copy.deepcopy(theirs.adapter)
+            held.append(mine.adapter)
+    return held
+
+
+def _adapt(model: nn.Module, adapt: Mapping[str, Any], held: list[nn.Module], architecture: str) -> None:
+    """Freeze all but adapters and what is fresh: the head and the norm in front of it."""
+    fresh = [*(_heads(model)), getattr(model, "fc_norm", None)]
+    try:
+        if held:
+            if adapt["name"] not in ("uniadapter", "adaptformer"):
+                raise BackboneError(
+                    f"adapt={adapt['name']}: the model has adapters of its own, which cannot be merged; use "
+                    "adapt=uniadapter to go on training these, or adapt=none to train everything"
+                )
+            model.requires_grad_(False)
+            freeze_statistics(model)
+            for part in held:
+                part.requires_grad_(True)
+        else:
+            adapt_timm(model, class_of(family_of(architecture)[0]), adapt, architecture)
+    except BackboneError as error:
+        raise ProbeError(str(error)) from error
+    for module in fresh:
+        if module is not None:
+            module.requires_grad_(True)
+
+
+def _heads(model: nn.Module) -> tuple[nn.Module, ...]:
+    heads = model.get_classifier()
+    return tuple(heads) if isinstance(heads, (tuple, list)) else (heads,)
 
 
 def used_drop_path(model: nn.Module) -> float:
@@ -111,8 +166,7 @@ def _load(model: nn.Module, headless: nn.Module, architecture: str) -> None:
 
 
 def _init_head(model: nn.Module) -> None:
-    heads = model.get_classifier()
-    for head in heads if isinstance(heads, (tuple, list)) else (heads,):
+    for head in _heads(model):
         for module in head.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=HEAD_STD)

@@ -22,6 +22,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from ..backbones.adapters import merged
+from ..backbones.watch import blocks_of
 from ..training.layer_decay import layers_of
 from . import ProbeError
 from .augment import make_policy, mixes
@@ -59,7 +61,7 @@ def run(task: Task) -> Outcome:
     if task.classes < 2 or len(train) < 2:
         raise ProbeError(f"fine-tuning needs at least two classes and two training samples, and there are "
                          f"{task.classes} and {len(train)}")  # fmt: skip
-    model = build_classifier(task.loaded, task.classes, pool=p.pool, drop_path=p.drop_path)
+    model = build_classifier(task.loaded, task.classes, pool=p.pool, drop_path=p.drop_path, adapt=task.cfg.get("adapt"))
     folder = out_folder(task.cfg) / f".finetune-{_identity(task, train, test)}"
     with _working_in(folder, task):
         choice = _choose(task, train, folder)
@@ -73,7 +75,7 @@ def run(task: Task) -> Outcome:
     numbers = _numbers(found, jobs, choice) | {
         "pool": used_pool(model), "drop_path": used_drop_path(model), "saved": str(saved) if saved else None,
     }  # fmt: skip
-    parameters = sum(t.numel() for t in model.parameters())
+    parameters = sum(t.numel() for t in model.parameters() if t.requires_grad)
     words = _words(task, choice, numbers, size)
     return Outcome(numbers, words, parameters, lambda: shutil.rmtree(folder, ignore_errors=True))
 
@@ -140,7 +142,10 @@ def _check(task: Task) -> None:
         raise ProbeError("bank.precision=16-mixed needs scaled losses, which fine-tuning does not have here; use "
                          "bf16-mixed or 32-true")  # fmt: skip
     make_policy(p.augment, loaded.image_size, loaded.mean)
-    model = build_classifier(loaded, 2, pool=p.pool, drop_path=p.drop_path)
+    model = build_classifier(loaded, 2, pool=p.pool, drop_path=p.drop_path, adapt=task.cfg.get("adapt"))
+    if p.save and any(hasattr(block, "adapter") for block in blocks_of(model).values()):
+        raise ProbeError("probe.save=true writes a model that timm opens, and adapters with a ReLU cannot be merged "
+                         "into one; leave it out, or use adapt=lora, apla or bitfit on a run without them")  # fmt: skip
     try:
         layers_of(model, p.grouping)
     except ValueError as error:
@@ -169,6 +174,8 @@ def _identity(task: Task, train: Bank, test: Bank) -> str:
         loaded.crop_pct, list(loaded.mean), list(loaded.std), bank.precision, bool(bank.channels_last), task.classes,
         *(data_facts(source, rows.ids) for (source, _), rows in zip(task.splits[:2], (train, test))),
     ]  # fmt: skip
+    if (name := adapted(task)) != "none":
+        facts.append([name, OmegaConf.to_container(task.cfg.adapt, resolve=True)])
     return digest(json.dumps(facts).encode())[:16]
 
 
@@ -212,7 +219,7 @@ def _save(task: Task, model: nn.Module, folder: Path, top1: float) -> None:
     """The classifier of the first seed as a folder that timm opens."""
     from ..interop.classifier import Classifier, export_classifier
 
-    loaded, source = task.loaded, task.splits.train[0]
+    loaded, source, model = task.loaded, task.splits.train[0], merged(model)
     facts = {k: loaded.facts.get(k) for k in ("objective", "backbone", "which")}
     args = classifier_args(loaded, model)
     export_classifier(
@@ -235,12 +242,24 @@ def _words(task: Task, choice: Choice, numbers: dict[str, Any], size: str) -> st
         chosen = (f"{one}, the best of {len(choice.grid)} settings on a held-out tenth of the training images and then "
                   "trained on all of them")  # fmt: skip
     return (
-        f"{after}Fine-tuning of the whole backbone and a fresh linear head (deviation {HEAD_STD:g}) on {pool}: AdamW, "
+        f"{after}Fine-tuning of {_trained(task)} and a fresh linear head (deviation {HEAD_STD:g}) on {pool}: AdamW, "
         f"{chosen}, weight decay {p.weight_decay:g} (none for 1-D tensors, tokens, positions), {p.epochs} epochs, "
         f"batch {numbers['batch']:,}, {p.warmup_epochs:g} epochs of warm-up, cosine per step to {p.min_lr:g}, drop "
         f"path {numbers['drop_path']:g}; {_augmented(p)}{_also(p)}; the last epoch is scored on the test split; mean "
         f"over {len(task.seeds)} seeds."
     )
+
+
+def adapted(task: Task) -> str:
+    """The kind of `adapt=`."""
+    return (task.cfg.get("adapt") or {}).get("name", "none")
+
+
+def _trained(task: Task) -> str:
+    if (name := adapted(task)) == "none":
+        return "the whole backbone"
+    options = ", ".join(f"{k} {v}" for k, v in task.cfg.adapt.items() if k != "name")
+    return f"what {name} ({options}) trains of a frozen backbone"
 
 
 def _augmented(p: Any) -> str:

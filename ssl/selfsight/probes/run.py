@@ -24,6 +24,7 @@ import timm
 import torch
 from omegaconf import OmegaConf
 
+from . import ProbeError
 from .knn import standard_error
 from .load import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .masks import THRESHOLD, WHICH
@@ -40,6 +41,9 @@ def probe(cfg: Any) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
     apply_protocol(cfg.probe)
+    if cfg.probe.name != "finetune" and cfg.adapt.name != "none":
+        raise ProbeError(f"adapt={cfg.adapt.name} is for probe=finetune; probe={cfg.probe.name} leaves the backbone as "
+                         "it is")  # fmt: skip
     loaded = load_backbone(cfg.checkpoint, cfg.which, image_size(cfg), cfg.step, masks=_masks(cfg))
     cfg.data = choose_data(cfg, loaded)
     return probe_loaded(cfg, loaded, choose_device(cfg.device), started)

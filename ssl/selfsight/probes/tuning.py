@@ -120,7 +120,12 @@ class Training:
         self.batch = batch_size(p, len(job.ids))
         self.ends = [max(1, round((e + 1) * len(job.ids) / self.batch)) for e in range(p.epochs)]
         self.model = build_classifier(
-            task.loaded, task.classes, pool=p.pool, drop_path=p.drop_path, seed=seed_of_step(job.seed, -1)
+            task.loaded,
+            task.classes,
+            pool=p.pool,
+            drop_path=p.drop_path,
+            seed=seed_of_step(job.seed, -1),
+            adapt=task.cfg.get("adapt"),
         ).to(task.device)
         if task.cfg.bank.channels_last:
             self.model.to(memory_format=torch.channels_last)
