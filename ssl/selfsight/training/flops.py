@@ -52,6 +52,7 @@ def step_flops_per_image(objective: Objective, batch: int = 2) -> float:
     images = {c.name: torch.empty(c.count, batch, 3, c.size, c.size, device="meta") for c in views.crops}
     drawn = {"key": torch.zeros(batch, dtype=torch.int64, device="meta"), "images": images}
     drawn |= {name: torch.zeros(3, device="meta") for name in ("mean", "std")}
+    drawn["boxes"] = {c.name: torch.zeros(c.count, batch, 4, device="meta") for c in views.crops}
     if views.cells:
         counts = {c.name: c.count for c in views.crops}
         drawn["cells"] = {c.name: torch.zeros(counts[c.name], batch, *c.grid, device="meta") for c in views.cells}
