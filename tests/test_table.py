@@ -10,6 +10,7 @@ from selfsight.config import ConfigError
 from selfsight.probes import ProbeError, passes
 from selfsight.probes import run as probes
 from selfsight.probes.table import build_rows, names, table
+from test_finetune import squares
 
 SMALL = ("num_workers=0", "device=cpu", "data=scenes", "data.num_train=60", "data.num_val=30", "seeds=2")
 BRIEF = "set=linear.epochs=2 ep.epochs=1 ep.warmup_epochs=0 ep.queries=[4] layerwise.epochs=1"
@@ -53,6 +54,25 @@ def test_rows_are_what_their_probes_give_and_the_backbone_runs_once(pair, tmp_pa
     assert "| layerwise, layer 0" in text and "± " in text and "Pooling ep" in text
     assert text.partition("\nProtocols")[0] in capsys.readouterr().out + "\n"
     assert (tmp_path / "t" / "layers.svg").read_text().count("<polyline") == 2
+
+
+def test_banks_that_are_not_kept_serve_all_rows_and_go(pair, tmp_path, monkeypatch, capsys):
+    seen = []
+    encode = passes.encode_samples
+    monkeypatch.setattr("selfsight.probes.store.encode_samples", lambda *a: seen.append(len(a[2])) or encode(*a))
+    words = ("bank.keep=false", f"bank.folder={tmp_path / 'banks'}", "probes=[knn,linear]", "set=linear.epochs=2")
+    assert filled(pair, tmp_path / "t", *words) == 0
+    assert sorted(seen) == [30, 30, 60, 60] and not (tmp_path / "banks").exists()
+
+
+def test_a_warning_of_several_rows_is_said_once(tmp_path, pair, capsys):
+    root = squares(tmp_path, "train", 24)
+    words = ("data=folder", f"data.root={root}", f"data.root_val={root}", f"checkpoint={pair / 'seed0'}",
+             f"out={tmp_path / 't'}", "num_workers=0", "device=cpu", "probes=[knn,linear]", "seeds=1")  # fmt: skip
+    assert table(config.load("table", [*words, "set=linear.epochs=1"])) == 0
+    assert capsys.readouterr().out.count("byte for byte") == 1
+    rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
+    assert all(any("byte for byte" in w for w in row["result"]["warnings"]) for row in rows)
 
 
 def test_a_row_that_cannot_be_had_says_why_and_the_rest_goes_on(pair, tmp_path):

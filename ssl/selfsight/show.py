@@ -250,6 +250,8 @@ def _panel(title: str, lines: Sequence[Points], left: float) -> list[str]:
         x, y = at(tick, y_low)
         parts.append(f'<text x="{x:.1f}" y="{y + 18:.1f}" text-anchor="middle">{count(tick)}</text>')
     for i, line in enumerate(lines):
+        if not line:
+            continue
         points = [at(x, y) for x, y in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{_colour(i)}" stroke-width="1.8"/>')

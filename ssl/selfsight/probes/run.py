@@ -17,7 +17,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -30,14 +30,21 @@ from .load import Loaded, choose_data, choose_device, choose_workers, load_backb
 from .masks import THRESHOLD, WHICH
 from .protocols import apply_protocol
 from .store import Bank
-from .task import Outcome, Task, out_folder
+from .task import Outcome, Task, out_folder, remove_banks
 
 __all__ = ["Loaded", "choose_data", "choose_device", "choose_workers", "load_backbone", "probe"]
 
 SEGMENTATION_SIZE = 224  # shorter side and window, whatever size the backbone was trained at
 
 
-def probe(cfg: Any) -> dict[str, Any]:
+class Together(NamedTuple):
+    """What the probes of one table share: warnings that were said, and the folders of banks, which outlive a row."""
+
+    said: set[str]
+    folders: set[Path]
+
+
+def probe(cfg: Any, together: Together | None = None) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
     apply_protocol(cfg.probe)
@@ -46,7 +53,7 @@ def probe(cfg: Any) -> dict[str, Any]:
                          "it is")  # fmt: skip
     loaded = load_backbone(cfg.checkpoint, cfg.which, image_size(cfg), cfg.step, masks=_masks(cfg))
     cfg.data = choose_data(cfg, loaded)
-    return probe_loaded(cfg, loaded, choose_device(cfg.device), started)
+    return probe_loaded(cfg, loaded, choose_device(cfg.device), started, together)
 
 
 def image_size(cfg: Any) -> int | None:
@@ -54,16 +61,20 @@ def image_size(cfg: Any) -> int | None:
     return cfg.image_size or (SEGMENTATION_SIZE if cfg.probe.name == "segmentation" else None)
 
 
-def probe_loaded(cfg: Any, loaded: Loaded, device: torch.device, started: float) -> dict[str, Any]:
+def probe_loaded(
+    cfg: Any, loaded: Loaded, device: torch.device, started: float, together: Together | None = None
+) -> dict[str, Any]:
     """The same of a backbone that is in memory. cfg: with its data, and with its protocol applied; started: a
     `time.monotonic()`."""
     loaded.model.to(device)
-    task = Task(cfg, loaded, device)
+    task = Task(cfg, loaded, device, together.said if together else None)
     outcome = importlib.import_module(f".{cfg.probe.name}", __package__).run(task)
     result = _result(task, outcome, time.monotonic() - started)
     path = _write(cfg, result)
-    if (cfg.get("bank") or {}).get("keep") is False:
-        task.remove_banks()
+    if together:
+        together.folders.update(task.folders)
+    elif (cfg.get("bank") or {}).get("keep") is False:
+        remove_banks(task.folders)
     if outcome.written:
         outcome.written()
     print(_sentence(result, path), flush=True)

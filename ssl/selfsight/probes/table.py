@@ -26,8 +26,8 @@ from ..config import ConfigError
 from . import ProbeError
 from .load import choose_data, choose_device, load_backbone
 from .protocols import apply_protocol
-from .run import probe
-from .task import Task
+from .run import Together, probe
+from .task import Task, remove_banks
 
 COLOURS = ("#486cd6", "#d64e80", "#2a9d6f", "#ec8e2c", "#9654c8", "#777777")
 STYLE_ATTRIBUTES = 'style="background:white" font-family="sans-serif" font-size="11"'
@@ -67,11 +67,15 @@ def table(cfg: Any) -> int:
         load_backbone(checkpoint, cfg.which, cfg.image_size, cfg.step)
     found: list[Found] = []
     facts: dict[str, Any] = {"checkpoints": checkpoints, "extraction_seconds": {}}
+    said: set[str] = set()
     for name, checkpoint in checkpoints.items():
-        facts["extraction_seconds"][name] = _extract(rows, checkpoint)
+        together = Together(said, set())
+        facts["extraction_seconds"][name] = _extract(rows, checkpoint, together)
         for row in rows:
-            found.append(_one(row, name, checkpoint, out / name / row.name))
+            found.append(_one(row, name, checkpoint, out / name / row.name, together))
             _write(out, found, facts)  # after every row, so that what is there survives an interruption
+        if not cfg.bank.keep:
+            remove_banks(together.folders)
     print(f"\n{markdown(found, facts)}\n{out}/table.md, table.json", flush=True)
     return int(any(f.failed for f in found))
 
@@ -145,7 +149,7 @@ def names(checkpoint: Any) -> dict[str, str]:
     return out
 
 
-def _extract(rows: list[Row], checkpoint: str) -> float | None:
+def _extract(rows: list[Row], checkpoint: str, together: Together) -> float | None:
     """One pass over the images for all rows that see whole images; its seconds. None: the rows come one by one."""
     began = time.monotonic()
     alike = [row for row in rows if row.cfg.data == rows[0].cfg.data and row.cfg.probe.bank == rows[0].cfg.probe.bank]
@@ -154,28 +158,29 @@ def _extract(rows: list[Row], checkpoint: str) -> float | None:
     if not modules:
         return None
     try:
-        task = _task(modules[0][0], checkpoint)
+        task = _task(modules[0][0], checkpoint, together)
         task.store(dict.fromkeys(w for row, module in modules for w in module.wants(task, row.cfg.probe)))
     except ProbeError as error:  # one row asks for what this backbone has not, or all together are too much
         print(f"features are extracted row by row: {error}", flush=True)
         return None
+    together.folders.update(task.folders)
     return round(time.monotonic() - began, 2)
 
 
-def _task(row: Row, checkpoint: str) -> Task:
+def _task(row: Row, checkpoint: str, together: Together) -> Task:
     cfg = OmegaConf.merge(row.cfg, {"checkpoint": checkpoint})
     loaded = load_backbone(checkpoint, cfg.which, cfg.image_size, cfg.step)
     cfg.data = choose_data(cfg, loaded)
     device = choose_device(cfg.device)
     loaded.model.to(device)
-    return Task(cfg, loaded, device)
+    return Task(cfg, loaded, device, together.said)
 
 
-def _one(row: Row, name: str, checkpoint: str, out: Path) -> Found:
+def _one(row: Row, name: str, checkpoint: str, out: Path, together: Together) -> Found:
     print(f"\n== {name}: {row.name}", flush=True)
     cfg = OmegaConf.merge(row.cfg, {"checkpoint": checkpoint, "out": str(out)})
     try:
-        return Found(row.name, name, probe(cfg))
+        return Found(row.name, name, probe(cfg, together))
     except ProbeError as error:
         print(f"no number: {error}", flush=True)
         return Found(row.name, name, None, str(error))

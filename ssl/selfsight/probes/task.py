@@ -48,6 +48,14 @@ class Splits(NamedTuple):
     words: str
 
 
+def remove_banks(folders: Iterable[Path]) -> None:
+    """Take banks off the disk, and their place if nothing else is in it."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
 class Task:
     """One run of one probe.
 
@@ -55,7 +63,7 @@ class Task:
     classes: of the head, once banks with labels were asked for. `train` and `test` are the banks asked for last.
     """
 
-    def __init__(self, cfg: Any, loaded: Loaded, device: torch.device):
+    def __init__(self, cfg: Any, loaded: Loaded, device: torch.device, said: set[str] | None = None):
         self.cfg, self.settings, self.loaded, self.device = cfg, cfg.probe, loaded, device
         self.splits = open_splits(cfg, loaded.image_size)
         self.seeds = tuple(range(cfg.seed, cfg.seed + (cfg.probe.get("seeds") or 1)))
@@ -64,11 +72,14 @@ class Task:
         self.train: Bank | None = None
         self.test: Bank | None = None
         self.folders: set[Path] = set()  # of banks on disk that were used
+        self.said: set[str] = set() if said is None else said  # warnings that the user has seen
 
     def warn(self, sentence: str) -> None:
         """Say it now and keep it with the number."""
         self.warnings.append(sentence)
-        print(f"warning: {sentence}", flush=True)
+        if sentence not in self.said:
+            print(f"warning: {sentence}", flush=True)
+        self.said.add(sentence)
 
     def banks(
         self, *wants: Want, kind: str = "center", stride: int = 0, labelled: bool = True, masks: str = "none"
@@ -136,13 +147,6 @@ class Task:
             banks = tuple(stored(model, *split, wants, cut=cut, how=how, place=place) for split in self.splits[:2])
         self.folders |= {bank.folder for bank in banks}
         return banks
-
-    def remove_banks(self) -> None:
-        """Take the banks that were used off the disk, and their place if nothing else is in it."""
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
 
     def _masked(self, masks: str) -> tuple[Bank, ...]:
         loaded, cfg = self.loaded, self.cfg

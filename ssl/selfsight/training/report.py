@@ -194,7 +194,8 @@ def _references(column: str, summary: dict[str, Any], rows: Sequence[dict[str, s
         return {}
     first = rows[0] if rows else {}
     found = {"raw pixels": summary.get("knn_raw_pixels", _number(first.get("knn_raw_pixels"))),
-             "untrained": summary.get("knn_untrained", _number(first.get("knn")))}  # fmt: skip
+             "at the start" if summary.get("init") else "untrained": summary.get(
+                 "knn_untrained", _number(first.get("knn")))}  # fmt: skip
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
