@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import runs
 from selfsight import cli
@@ -95,10 +95,65 @@ def test_a_loss_that_is_not_finite_saves_the_batch_that_it_came_from(tmp_path, m
 
     monkeypatch.setattr(MAE, "loss", spoiled)
     words = ("max_steps=5", "knn.every_n_steps=0", "checkpoint.every_n_steps=1")
-    with pytest.raises(RunStopped, match=r"the loss is not finite at step 2; the batch is saved") as stopped:
+    with pytest.raises(RunStopped, match=r"the loss is not finite at step 2; `selfsight replay batch=") as stopped:
         runs.run_here(tmp_path / "r", *words, f"trainer.max_batch_per_device={8 // accumulation}")
     assert stopped.value.code == 4
     saved = load_file(tmp_path / "r" / "nonfinite-step-000000002-rank-0.safetensors")
     assert saved["position"].tolist() == list(range(16, 16 + 8 // accumulation))
     assert poison in saved["key"].tolist() and saved["crops.image"].shape[1] == 8 // accumulation
-    assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000002"
+    newest = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert newest.name == "step-000000002"
+    kept = load_file(tmp_path / "r" / "nonfinite-step-000000002.safetensors")
+    runs.assert_identical(kept, checkpoint.load(newest)[0])  # nothing of the step reached the weights
+
+
+class Burst(torch.autograd.Function):
+    """Hands a value on; its gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+@pytest.mark.parametrize("clip", ["0", "1.0"])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, clip):
+    loss = MAE.loss
+
+    @functools.wraps(loss)
+    def spoiled(self, batch, step):
+        value, logs = loss(self, batch, step)
+        return Burst.apply(value) if step == 2 else value, logs
+
+    monkeypatch.setattr(MAE, "loss", spoiled)
+    words = ("max_steps=5", "knn.every_n_steps=0", "checkpoint.every_n_steps=1", f"optim.clip={clip}")
+    with pytest.raises(RunStopped, match=r"a gradient is not finite at step 2; `selfsight replay batch=\S+`"):
+        runs.run_here(tmp_path / "r", *words)
+    newest = checkpoint.newest(tmp_path / "r" / "checkpoints")
+    assert newest.name == "step-000000002"
+    kept = load_file(tmp_path / "r" / "nonfinite-step-000000002.safetensors")
+    runs.assert_identical(kept, checkpoint.load(newest)[0])
+
+
+def test_a_step_that_was_not_finite_is_repeated(tmp_path, capsys):
+    words = ("knn.every_n_steps=0", "objective=dino", "views.local.n=1", "objective.num_prototypes=16",
+             "objective.centering=center", "optim.lr=1e30", "optim.warmup=0", "optim.clip=0")  # fmt: skip
+    with pytest.raises(RunStopped) as stopped:
+        runs.run_here(tmp_path / "r", "max_steps=9", *words)
+    command = str(stopped.value).split("`")[1].split()
+    capsys.readouterr()
+    assert cli.main(None, command[1:]) == 1
+    said = capsys.readouterr().out
+    assert "it happens again, loss nan" in said and "the first output that is not finite is that of" in said
+    weights = next((tmp_path / "r").glob("nonfinite-step-?????????.safetensors"))
+    state = load_file(weights)
+    state["teacher.backbone.timm.patch_embed.proj.weight"][0] = torch.nan  # the first layer of a step
+    save_file(state, weights)
+    assert cli.main(None, command[1:]) == 1
+    said = capsys.readouterr().out
+    assert "the first output that is not finite is that of teacher.backbone.timm.patch_embed.proj\n" in said
+    assert cli.main(None, ["replay", "batch=runs/x/other.safetensors"]) == 2
+    assert "other.safetensors is not a saved step" in capsys.readouterr().err

@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "selfsight.data.prepare:prepare",
     "proposals": "selfsight.proposals:proposals",
     "index": "selfsight.data.manifest:index",
+    "replay": "selfsight.training.replay:replay",
     "bench": "selfsight.bench:bench",
     "show": "selfsight.show:show",
     "show analysis": "selfsight.analysis.run:analyse",
@@ -36,6 +37,7 @@ usage: selfsight <command> [key=value …]        selfsight <command> --help
   import     official weights to a folder that timm opens     selfsight import source=/d/dino.pth out=my-model
   prepare    images to well-formed shards                     selfsight prepare folder source=/d/images out=/d/shards
   proposals  object masks from a backbone's own features      selfsight proposals checkpoint=runs/my-run out=/d/objects
+  replay     repeat a step that was not finite               selfsight replay batch=runs/my-run/nonfinite-….safetensors
   index      index shards ahead of time                       selfsight index data.train='/d/train-{000..099}.tar'
   bench      speed of model, data, and both                   selfsight bench backbone=vit_s
   show       summaries of run folders                         selfsight show runs/*
@@ -178,6 +180,13 @@ data         data=        {data}   (left out: what the run was trained on; keys 
 how          objects=3 (at most)   tau=0.15   features= keys | tokens   center=true   min_area=0.01
 result       out=         folder of the side-cars (left out: objects/ beside the shards)      map_size=256
              the same command continues; report.json and overlays.png say what came of it
+""",
+    "replay": """\
+Repeat a step whose loss or gradient was not finite, and say where it first appears.
+
+  {call} batch=runs/my-run/nonfinite-step-000000123-rank-0.safetensors
+
+device=      cpu (float32), or gpu
 """,
     "index": """\
 Build the index side-cars of shards ahead of time.

@@ -944,6 +944,12 @@ class Doctor:
     num_workers: int | None = integer(None, 0)
 
 
+@dataclasses.dataclass
+class Replay:
+    batch: str | None = None
+    device: str = device("cpu")
+
+
 COMMANDS = {
     "train": Train,
     "bench": Bench,
@@ -956,6 +962,7 @@ COMMANDS = {
     "proposals": Proposals,
     "analysis": Analysis,
     "index": Index,
+    "replay": Replay,
     "doctor": Doctor,
 }
 # The schema of a group's option; a single class where all options share it.

@@ -82,7 +82,7 @@ def save(
     try:
         for name, tensors in files.items():
             cpu = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
-            _write(cpu, tmp / f"{name}.safetensors")
+            write_tensors(cpu, tmp / f"{name}.safetensors")
         (tmp / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | dict(meta), indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(tmp.iterdir())}
         for path in tmp.iterdir():
@@ -148,7 +148,8 @@ def load(path: Path, file: str = "model") -> tuple[dict[str, Tensor], dict]:
     return load_file(path / f"{file}.safetensors"), meta
 
 
-def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file; OSError also where the disk is full."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # how safetensors reports a full disk

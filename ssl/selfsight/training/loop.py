@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,11 +15,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ConfigError
-from . import checkpoint
+from . import checkpoint, replay
 from .evals import Evals
 from .log import Bar, Metrics, Speed, duration, log_line
 from .module import Module
@@ -299,16 +299,21 @@ class AfterStep(pl.Callback):
     def _stop_nonfinite(self, trainer: pl.Trainer, module: Module) -> None:
         plan = self.plan
         bad = next(((step, batch) for step, finite, batch in module.recent if not bool(finite)), None)
-        step, batch = bad or (module.step, module.recent[-1][2])  # of another process: what this one saw meanwhile
-        stem = plan.run_dir / f"nonfinite-step-{step:09d}-rank-{self.rank}"
-        tensors = {f"crops.{k}": v.cpu() for k, v in batch["crops"].items()}
-        tensors |= {k: batch[k].cpu() for k in ("key", "id", "position", "label")}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, stem.with_suffix(".safetensors"))
+        # A gradient, or another process: what this one saw meanwhile.
+        step, batch = bad or (module.recent[-1][0], module.recent[-1][2])
+        facts = {"total_steps": plan.total_steps, "mean": module.mean.tolist(), "std": module.std.tolist(),
+                 "steps_per_epoch": (plan.num_samples or math.inf) / plan.batch_size}  # fmt: skip
+        path = replay.keep_batch(plan.run_dir, self.rank, step, batch, facts)
+        if self.rank == 0:
+            try:
+                replay.keep_weights(plan.run_dir, step, module.objective)
+            except OSError as error:
+                self.bar.line(f"the weights of step {step} cannot be saved ({error})")
         self._stop(
             trainer,
-            f"the loss is not finite at step {step}; the batch is saved in {stem}.safetensors and nothing after the "
-            "last checkpoint is kept: lower optim.base_lr or set optim.clip=1.0 with allow_change=true to continue "
-            "from there, or use trainer.precision=32",
+            f"{'the loss' if bad else 'a gradient'} is not finite at step {step}; `selfsight replay batch={path}` "
+            "repeats it. Nothing after the last checkpoint is kept: lower optim.base_lr or set optim.clip=1.0 with "
+            "allow_change=true to continue from there, or use trainer.precision=32",
             4,
         )
 

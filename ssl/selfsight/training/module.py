@@ -77,13 +77,27 @@ class Module(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.objective.after_backward(self.step)
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        if not parameters:
+            return
+        norms = torch._foreach_norm([p.grad for p in parameters])
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        self._guard(optimizer, total)
         if not self.optim.clip:  # 0: off, whatever the recipe says
             return
-        parameters = [p for p in self.objective.parameters() if p.grad is not None]
         if self.optim.clip_mode == "per_tensor":
-            clip_per_tensor(parameters, self.optim.clip)
+            clip_per_tensor(parameters, self.optim.clip, norms)
         else:
-            torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip, error_if_nonfinite=False)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, total)
+
+    def _guard(self, optimizer: Any, norm: Tensor) -> None:
+        """Nothing that is not finite reaches the weights: a fused optimizer skips its step by a flag on the device, so
+        that the host need not wait for it. With a scaler infinite gradients are usual, and it does this itself."""
+        if not optimizer.param_groups[0].get("fused"):
+            return
+        finite = torch.isfinite(norm)
+        self.finite = finite if self.finite is None else self.finite & finite
+        optimizer.found_inf = (~self.finite).float()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         lr, decay = self.lr(self.step), self.weight_decay(self.step)
@@ -91,7 +105,8 @@ class Module(pl.LightningModule):
             group["lr"] = lr * group.get("lr_scale", 1.0)
             group["weight_decay"] = decay if group["decayed"] else 0.0
         optimizer.step(closure=optimizer_closure)
-        self.objective.after_step(self.step)
+        if self.finite is None or self.finite.device.type == "cuda" or bool(self.finite):
+            self.objective.after_step(self.step)
         self.step += 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tenso
         raise KeyError(f"the checkpoint's optimizer state names parameters that do not exist here: {sorted(slots)[:3]}")
 
 
-def clip_per_tensor(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale each gradient to at most `max_norm` on its own (the DINO reference's way), without a host sync."""
+def clip_per_tensor(parameters: Iterable[nn.Parameter], max_norm: float, norms: Sequence[Tensor] | None = None) -> None:
+    """Scale each gradient to at most `max_norm` on its own (the DINO reference's way), without a host sync.
+
+    norms: of the gradients that are there, where they are known."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if grads:
-        norms = torch._foreach_norm(grads)
+        norms = torch._foreach_norm(grads) if norms is None else norms
         torch._foreach_mul_(grads, [(max_norm / (n + 1e-6)).clamp(max=1.0) for n in norms])
