@@ -526,6 +526,7 @@ class Trainer:
     strategy: str = one_of("auto", "auto", "ddp")
     compile: Any = _field(False, "auto, true or false", _auto_or_bool)
     max_batch_per_device: int | None = integer(None)
+    hang_minutes: float = number(30.0)
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from .log import Bar, Metrics, Speed, duration, log_line
 from .module import Module
 from .optim import optimizer_state
 from .stop import Agreement, Clock, StopFlag
+from .watchdog import DATA, STEP, Watchdog
 
 
 class RunStopped(RuntimeError):
@@ -54,6 +55,7 @@ class Plan:
     meta: dict = field(default_factory=dict)  # goes into every checkpoint
     flops_per_image: float | None = None
     peak_flops: float | None = None  # of all devices together
+    hang_minutes: float = 0.0  # 0: no watchdog
     seconds_before: float = 0.0  # wall time of earlier sessions
 
 
@@ -65,6 +67,7 @@ class AfterStep(pl.Callback):
 
     def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int, bool, bool], dict[str, float]]):
         self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, None
+        self.watchdog: Watchdog | None = None
         self.evals: Evals | None = None  # on every process, as checkpoints are agreed on; rank 0 does the rest
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
         self.sums: dict[str, Tensor] = {}
@@ -95,12 +98,16 @@ class AfterStep(pl.Callback):
             self.evals.say = self.bar.line
         known = self.metrics.numbers("knn") if self.metrics else []
         self.best_knn = max((v for step, v in known if step > 0), default=None)
+        self.watchdog = Watchdog(self.plan.run_dir, self.rank, self.plan.hang_minutes)
+        self.watchdog.enter(DATA, module.step)
+        self.watchdog.start()
         self.known = listed(self.plan.run_dir / "skipped.jsonl")
         self.bad = set(self.known) if self.rank == 0 else set()
         self.ended = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Module, batch: Any, batch_idx: int) -> None:
         self.speed.waited += time.perf_counter() - self.ended
+        self.watchdog.enter(STEP, module.step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._note_bad(batch.get("events", ()))
@@ -110,6 +117,7 @@ class AfterStep(pl.Callback):
         if module.step != self.seen:
             self.seen = module.step
             self._after_step(trainer, module)
+        self.watchdog.enter(DATA, module.step)
         self.ended = time.perf_counter()
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -141,18 +149,18 @@ class AfterStep(pl.Callback):
             return
         numbers: dict[str, float] = {}
         if (measure or draw) and self.rank == 0:
-            with _Pause(self.speed):
+            with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 numbers = self.evaluate(step, measure, draw)
         if inline and self.rank == 0:
-            with _Pause(self.speed):
+            with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 self.evals.inline(step)
         if measure or step % plan.log_every == 0 or last:
             self._log(trainer, module, numbers)
         if saving or self._is_best(numbers):
-            with _Pause(self.speed):
+            with _Pause(self.speed), self.watchdog.busy("saving"):
                 self._save(trainer, module, self._is_best(numbers), last or bool(agreed.stop))
         if self.evals and self.rank == 0 and (last or not agreed.stop):
-            with _Pause(self.speed):
+            with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 self.evals.after_step(step)
         if agreed.stop and not last:
             code = 128 + (self.flag.signal or 15)
@@ -318,6 +326,7 @@ class AfterStep(pl.Callback):
         )
 
     def on_train_end(self, trainer: pl.Trainer, module: Module) -> None:
+        self.watchdog.stop()
         self.agreement.finish()
         self.bar.close()
         self.flag.training = False

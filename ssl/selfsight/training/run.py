@@ -225,7 +225,7 @@ class Run:
             optimizer_state=optimizer_state, scaler_state=meta.get("scaler"),
         )  # fmt: skip
         plan = self._plan()
-        plan.seconds_before = meta.get("seconds", 0.0)
+        plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
         after = AfterStep(plan, self.flag, self._evaluate)
         after.evals = self.evals
         trainer = make_trainer(cfg, [after])
@@ -240,7 +240,10 @@ class Run:
             objective.compile(fullgraph=True, dynamic=False)
         after.started = time.monotonic()
         if self.start < self.total_steps:
-            trainer.fit(self.module, loader)
+            try:
+                trainer.fit(self.module, loader)
+            except torch.OutOfMemoryError as error:
+                raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
         if after.stopped is not None:
             raise after.stopped
         return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
@@ -417,3 +420,15 @@ def workers_for(wanted: int | None, local_world: int, on_gpu: bool) -> int:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // max(1, local_world) - 1)) if on_gpu else 0
+
+
+def _too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
+    """What to lower when the memory of a device is not enough; the batch stays the same in all of it."""
+    images = cfg.batch_size // (world * micro)
+    less = [f"trainer.max_batch_per_device={images // 2}"] if images > 1 else []
+    less += ["trainer.precision=bf16-mixed"] if precision_of(cfg.trainer.precision, True) == "32-true" else []
+    less += ["adapt=lora", "a smaller backbone"]
+    return (
+        f"{images} images at once do not fit into the memory of {device}; the last checkpoint stands. Use {less[0]} "
+        f"(what a step computes stays the same but for what compares images), or {', '.join(less[1:])}"
+    )

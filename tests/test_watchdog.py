@@ -1,0 +1,119 @@
+"""A run in which nothing moves ends and says which process hangs in what; long evaluations are not hangs."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+import runs
+from selfsight.training.watchdog import CODE, DATA, STEP, Watchdog
+
+LIMIT = 0.6  # seconds
+
+
+@pytest.fixture
+def watch(tmp_path):
+    """Makes watchdogs that note their end instead of ending the process."""
+    made, codes = [], []
+
+    def make(rank=0, **kwargs):
+        made.append(Watchdog(tmp_path, rank, LIMIT / 60, end=codes.append, **kwargs))
+        return made[-1]
+
+    yield make, codes
+    for dog in made:
+        dog.stop()
+
+
+def note(folder, rank, phase, step, seconds=0.0, age=0.0):
+    (folder / ".pulse").mkdir(exist_ok=True)
+    text = json.dumps({"phase": phase, "step": step, "seconds": seconds, "time": time.time() - age})
+    (folder / ".pulse" / f"rank-{rank}.json").write_text(text)
+
+
+def ended(codes, seconds=8.0):
+    until = time.monotonic() + seconds
+    while not codes and time.monotonic() < until:
+        time.sleep(0.05)
+    return codes
+
+
+def test_a_wait_for_data_that_does_not_end_is_named(watch, tmp_path, capfd):
+    make, codes = watch
+    dog = make()
+    dog.enter(DATA, 7)
+    dog.start()
+    assert ended(codes) == [CODE]
+    said = capfd.readouterr().err
+    assert "hang: rank 0 has been waiting for data for step 8 since" in said and "trainer.hang_minutes" in said
+    assert "test_watchdog.py" in (tmp_path / "hang-rank-0.txt").read_text()  # where this thread stands
+
+
+def test_the_process_that_is_behind_is_the_one_that_hangs(watch, tmp_path, capfd):
+    make, codes = watch
+    note(tmp_path, 3, DATA, 6, seconds=70)
+    note(tmp_path, 2, STEP, 6, seconds=69)
+    dog = make()
+    dog.enter(STEP, 7)  # waits for the others
+    dog.start()
+    assert ended(codes) == [CODE]
+    said = capfd.readouterr().err
+    assert "hang: rank 3 has been waiting for data for step 7 since 70 s" in said
+    assert "rank 2 has" not in said and "rank 0 has" not in said
+
+
+@pytest.mark.parametrize("whose", ["own", "another's"])
+def test_what_may_take_long_is_no_hang(watch, tmp_path, whose):
+    make, codes = watch
+    dog = make()
+    dog.enter(STEP, 7)
+    dog.start()
+    if whose == "own":
+        with dog.busy("evaluating"):
+            assert not ended(codes, 4 * LIMIT)
+    else:
+        note(tmp_path, 1, "saving", 7)
+        assert not ended(codes, 4 * LIMIT)
+        note(tmp_path, 1, "saving", 7, age=100)  # that process is gone
+    assert ended(codes) == [CODE]
+
+
+def test_progress_is_no_hang_and_the_notes_go(watch, tmp_path):
+    make, codes = watch
+    dog = make()
+    dog.start()
+    for step in range(12):
+        dog.enter(STEP, step)
+        time.sleep(LIMIT / 4)
+    dog.stop()
+    assert not codes and not list((tmp_path / ".pulse").iterdir())
+
+
+def test_no_limit_no_thread(tmp_path):
+    dog = Watchdog(tmp_path, 0, 0.0)
+    dog.start()
+    assert dog.thread is None and not (tmp_path / ".pulse").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_loader_hangs_ends_and_continues(tmp_path):
+    words = ("max_steps=400", "num_workers=1", "knn.every_n_steps=0", "checkpoint.every_n_steps=5")
+    process = runs.start(tmp_path / "r", *words, "trainer.hang_minutes=0.1")
+    try:
+        runs.wait_for_step(tmp_path / "r", process, 6)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for child in children:
+            os.kill(int(child), signal.SIGSTOP)
+        assert process.wait(60) == CODE
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    log = (tmp_path / "r.log").read_text()
+    assert "hang: rank 0 has been waiting for data for step" in log and "Traceback" not in log
+    assert "wait" in (tmp_path / "r" / "hang-rank-0.txt").read_text()
+    process = runs.start(tmp_path / "r", *words, "trainer.hang_minutes=0.1")
+    runs.wait_for_step(tmp_path / "r", process, 20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
