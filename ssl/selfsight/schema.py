@@ -367,7 +367,7 @@ class ODIS(IBOT):
 class GLARE(DINO):
     name: str = one_of("glare", "glare")
     patch_aug: str = one_of("blur", "blur", "noise", "gray", "shuffle", "mask")
-    patch_ratio: float = number(0.3, 0, 0.9)
+    patch_ratio: float = number(0.3, 0.01, 0.9)
     regions: str = one_of("attention", "attention", "grid")
     num_regions: int = integer(8, 1, 64)
     random_regions: float = number(0.25, 0, 1)
