@@ -32,6 +32,7 @@ from torch import Tensor
 
 from selfsight.backbones.tokens import BackboneError
 from selfsight.config import ConfigError, options
+from selfsight.nn.global_batchnorm import GlobalBatchNorm
 from selfsight.objectives.distill import Distillation
 from selfsight.views.spec import Batch
 
@@ -93,10 +94,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All kinds, taking turns."""
     variants, facts, loss = {}, {}, None
     for kind in args.adapt:
-        objective, stepper = build(args, kind)
+        try:
+            objective, stepper = build(args, kind)
+        except BackboneError as error:
+            print(f"{kind} is left out: {error}")
+            continue
         batch = distill_step.crops(objective, args.batch)
+        # Frozen batch norms use their running statistics: such a model starts elsewhere than one that trains them.
+        comparable = kind != "none" or not any(isinstance(m, GlobalBatchNorm) for m in objective.modules())
         first = check(kind, objective, stepper, batch, loss)
-        loss = first if loss is None else loss
+        loss = first if loss is None and comparable else loss
         student = objective.student
         facts[kind] = {
             "trainable_backbone": sum(p.numel() for p in student["backbone"].parameters() if p.requires_grad),

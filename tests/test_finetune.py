@@ -163,7 +163,7 @@ def train(cfg, folder, epochs=0, seed=0):
 
     task = Task(cfg, load_backbone(cfg.checkpoint), torch.device("cpu"))
     rows, test = task.samples()
-    job = tuning.Job("one", cfg.probe.lrs[0], cfg.probe.layer_decays[0], seed, rows.ids)
+    job = tuning.Job("one", cfg.probe.lrs[0], (cfg.probe.layer_decays or [0.75])[0], seed, rows.ids)
     training = tuning.Training(task, job, folder / "state")
     if epochs:
         training.run(tuning.Judge(task.splits.test[0], test.ids, task))

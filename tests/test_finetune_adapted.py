@@ -122,9 +122,28 @@ def test_a_model_with_adapters_is_trained_with_them(adapted, roots, tmp_path):  
     assert probe(settings(adapted, tmp_path, roots))["top1"] > 0
 
 
+def test_bottlenecks_leave_stochastic_depth_on(backbones):
+    for name in ("vit_nano", "convnextv2_nano_lite"):
+        loaded = load_backbone(str(backbones[name]))
+        model = build_classifier(loaded, 3, drop_path=0.5, adapt=group("adaptformer")).train()
+        torch.nn.init.normal_(model.get_classifier().weight)
+        x = torch.randn(8, 3, loaded.image_size, loaded.image_size)
+        assert not torch.equal(model(x), model(x)), name
+
+
+def test_blocks_of_another_kind_are_a_sentence():
+    from test_finetune import loaded
+
+    given = loaded("vit_base_patch16_rpn_224", 32, embed_dim=32, depth=1, num_heads=2, patch_size=8)
+    with pytest.raises(ProbeError, match="is a generic timm model; use adapt=bitfit"):
+        build_classifier(given, 3, adapt=group("uniadapter"))
+    assert build_classifier(given, 3, adapt=group("bitfit"))
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (("adapt=uniadapter", "adapt.rank=8"), "keys of adapt have no effect here"),
         (("adapt=lora",), "the model has adapters of its own, which cannot be merged; use adapt=uniadapter"),
         (("probe.save=true",), "adapters with a ReLU cannot be merged into one; leave it out"),
     ],

@@ -12,6 +12,7 @@ from selfsight.config import ConfigError
 from selfsight.data.rng import key_of, uniform
 from selfsight.interop.initialise import initialise
 from selfsight.interop.load import open_weights
+from selfsight.objectives.glare import lattice
 from selfsight.views import patches
 from selfsight.views.correspond import Match, correspond, regions, sample, scattered
 from selfsight.views.place import independent, overlapping
@@ -30,7 +31,11 @@ def place(box, r, c, side):
 
 
 def test_the_loss_equals_loops_over_views_regions_and_patches():
-    o = build("glare", "objective.centering=center", "backbone.pos_resize=official", "views.local.n=0").double()
+    words = ("image_size=64", "objective.window=3", "objective.points=16", "views.local.n=0")
+    o = build("glare", "objective.centering=center", "backbone.pos_resize=official", *words).double()
+    with torch.no_grad():  # a teacher of its own
+        for parameter in o.teacher.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
     for center in (o.center, o.region_center, o.local_center):
         center.center.copy_(torch.randn(24))
     batch = o.draw(batch_of(o, dtype=torch.float64), 0)
@@ -95,12 +100,17 @@ def test_the_loss_equals_loops_over_views_regions_and_patches():
                 if there[p] is not None:
                     wanted = target(there[p], o.local_center)
                     matched.append(cross_entropy(o, wanted, student["head"](mine[p, None])[0]))
-    assert len(regional) > 20 and len(matched) > 20
+    assert len(regional) > 20 and len(matched) > 20 and o.window == 3
     means = [torch.stack(part).mean() for part in (image, regional, altered, matched)]
     loss, logs = o.loss(batch, 0)
     for name, mean in zip(("pooled", "regional", "altered", "matched"), means):
         torch.testing.assert_close(logs[name], mean.detach(), msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(loss, means[0] + means[1] + 0.5 * (means[2] + means[3]))
+    expected = means[0] + means[1] + 0.5 * (means[2] + means[3])
+    torch.testing.assert_close(loss, expected)
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    mine, theirs = (torch.autograd.grad(x, list(trained.values()), retain_graph=True) for x in (loss, expected))
+    for name, a, b in zip(trained, mine, theirs):
+        torch.testing.assert_close(a, b, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -172,6 +182,23 @@ def test_random_regions_ignore_attention():
     draws[..., 21] = 1
     member, _ = regions(scores, torch.ones(1, 36, dtype=torch.bool), (6, 6), 2, 1, draws)
     assert member[0].nonzero().tolist() == [[0, 0], [1, 21]]
+
+
+def test_draws_of_regions_keep_their_precision_beside_half_precision_scores():
+    draws = uniform(torch.arange(50), "regions", 196).unflatten(1, (1, 196))
+    valid = torch.ones(50, 196, dtype=torch.bool)
+    seeds = (
+        regions(torch.zeros(50, 1, 196, dtype=torch.bfloat16), valid, (14, 14), 1, 1, draws)[0][:, 0].float().argmax(1)
+    )
+    assert torch.equal(seeds, draws[:, 0].argmax(1))
+
+
+@pytest.mark.parametrize("count", [1, 4, 8, 10])
+def test_the_grid_of_regions_is_spread(count):
+    seeds = lattice((14, 14), count, torch.zeros(())).argmax(-1)[0]
+    rows, columns = seeds // 14, seeds % 14
+    assert len(set(seeds.tolist())) == count
+    assert abs(rows.float().mean() - 6.5) <= 1 and abs(columns.float().mean() - 6.5) <= 1
 
 
 def test_scattered_points_are_one_in_each_part():
@@ -255,9 +282,14 @@ def test_udis_attention_of_regions_comes_along(tmp_path):
     theirs = {k: torch.randn_like(v) for k, v in objective.student["ca"].state_dict().items()}
     tree = {f"module.backbone.backbone.{k}": v for k, v in state.items()}
     tree |= {f"module.backbone.{k}": v for k, v in theirs.items()}
-    torch.save({"teacher": tree}, tmp_path / "udi.pth")
+    head = {k: torch.randn_like(v) for k, v in objective.student["head"].state_dict().items()}
+    tree |= {f"module.head.{i}.{k}": v for i in range(3) for k, v in head.items()}  # one module under three names
+    centre = torch.randn(1, 24)
+    torch.save({"teacher": tree, "dino_loss": {"center": centre}}, tmp_path / "udi.pth")
     report = initialise(objective, open_weights(str(tmp_path / "udi.pth")))
+    assert all(torch.equal(c.center, centre[0]) for c in objective.centers())
     assert report.layout == "udi" and report.matched["ca"] == len(theirs)
+    assert report.matched["head"] == len(head)
     for net in (objective.student, objective.teacher):
         assert all(torch.equal(v, theirs[k]) for k, v in net["ca"].state_dict().items())
 
@@ -272,6 +304,15 @@ def test_udis_attention_of_regions_comes_along(tmp_path):
 def test_refusals(words, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build("glare", *words)
+
+
+@pytest.mark.parametrize(
+    "words", [("convnext_nano_lite", "image_size=72"), ("shvit_nano_lite", "image_size=72"), ("timm", "image_size=100")]
+)
+def test_sizes_in_which_patches_of_two_views_do_not_match_are_refused(words):
+    name = ("backbone.name=resnet10t",) if words[0] == "timm" else ()
+    with pytest.raises(BackboneError, match=r"views\.global\.size=\d+ is not a multiple of the \d+ px of a patch of"):
+        build("glare", f"backbone={words[0]}", *name, *words[1:], "views.local.n=0")
 
 
 def test_hidden_patches_need_enough_cells():

@@ -314,6 +314,15 @@ def officially(key: str) -> str:
     return f"{group}.1.{rest}" if i == 2 else f"{group}.{0 if i < 2 else 2}.{i if i < 2 else i - 3}.{rest}"
 
 
+def test_a_classifier_beside_a_vit_is_left_and_makes_nothing_ambiguous(tmp_path):
+    own = timm.models.VisionTransformer(16, 4, embed_dim=16, depth=1, num_heads=2, num_classes=10).eval()
+    args = {"name": "vit_b", "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
+    model, report = imported(tmp_path, own.state_dict(), **args)
+    images = torch.randn(2, 3, 16, 16)
+    assert_close(model.forward_features(images), own.forward_features(images), "tokens", atol=1e-5)
+    assert any(name.startswith("head") for name in report.left)
+
+
 def test_udi_with_two_class_tokens(tmp_path):
     """No numbers of the reference's ViT are recorded: its forward in a few lines, on random weights."""
     own = timm.models.VisionTransformer(16, 4, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()

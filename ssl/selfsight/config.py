@@ -459,10 +459,9 @@ def _fill_recipe(cfg: DictConfig, recipe: DictConfig, quick: bool) -> None:
             _fill(optim, "base_lr", fast.base_lr)
         _fill(optim, "weight_decay", fast.weight_decay)
         _fill(optim, "warmup", fast.warmup)
-    for key in ("freeze_last_layer", "head_warmup"):
-        if cfg.data.mode == "stream" and key in cfg.objective:
-            amount = duration(recipe[key]).amount  # epochs
-            _fill(cfg.objective, key, f"{100 * amount / recipe.max_epochs:g}%")
+    if cfg.data.mode == "stream" and "freeze_last_layer" in cfg.objective:
+        amount = duration(recipe.freeze_last_layer).amount  # epochs
+        _fill(cfg.objective, "freeze_last_layer", f"{100 * amount / recipe.max_epochs:g}%")
     _fill_fallbacks(cfg, recipe)
     _fill(cfg.backbone, "drop_path", 0.0)
     # A shorter or longer run than the recipe's keeps the recipe's share of warm-up, not its length.

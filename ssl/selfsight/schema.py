@@ -647,7 +647,7 @@ class FinetuneProbe:
     protocol: str | None = one_of(None, "mae_finetune", "convnextv2_finetune", "spark_finetune")
     pool: str | None = one_of(None, "avg", "token")
     lrs: list[float] = numbers([0.001], None, 1e-8, 1e4)
-    layer_decays: list[float] = numbers([0.75], None, 0.01, 1)
+    layer_decays: list[float] | None = numbers(None, None, 0.01, 1)
     grouping: str = one_of("single", "single", "group")
     weight_decay: float = number(0.05)
     epochs: int = integer(20)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import timm
 import torch
-from timm.layers import GlobalResponseNormMlp, Mlp
+from timm.layers import DropPath, GlobalResponseNormMlp, Mlp
 from timm.layers.grn import GlobalResponseNorm
 from timm.models.convnext import ConvNeXt as TimmConvNeXt
 from timm.models.convnext import ConvNeXtBlock
@@ -80,7 +80,10 @@ class AdaptedBlock(ConvNeXtBlock):
     adapter: nn.ModuleDict
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_block(self, x, adapt=self.adapter)
+        drop = None
+        if self.training and isinstance(self.drop_path, DropPath):
+            drop = self.drop_path(x.new_ones(len(x), 1, 1, 1)).view(-1)
+        return run_block(self, x, drop=drop, adapt=self.adapter)
 
 
 class ConvNeXt(Backbone):

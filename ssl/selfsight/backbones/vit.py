@@ -221,7 +221,9 @@ class ViT(Backbone):
         return self.timm.norm
 
     @staticmethod
-    def taps(block: Block) -> Taps:
+    def taps(block: nn.Module) -> Taps | None:
+        if type(block) not in (Block, AdaptedBlock):  # other kinds have other parts
+            return None
         layers = {"qkv": block.attn.qkv, "proj": block.attn.proj}
         if type(block.mlp) is Mlp:
             layers |= {"fc1": block.mlp.fc1, "fc2": block.mlp.fc2}

@@ -19,6 +19,8 @@ from .load import Network, Weights
 from .report import Report, patterns
 from .safe import WeightsError
 
+# Centres of logits of the same head that a file has under another name, the nearest first.
+LIKE = {"region_center": ("center",), "local_center": ("center2", "patch_center", "center")}
 Taken = dict[str, dict[str, Tensor]]  # module -> its state
 
 
@@ -97,7 +99,7 @@ def _put_all(backbone: Backbone, modules: Mapping[str, nn.Module], net: Network,
 def _put_centers(centers: Mapping[str, Center], weights: Weights) -> Taken:
     moved = {}
     for name, center in centers.items():
-        value = weights.centers.get(name)
+        value = next((weights.centers[n] for n in (name, *LIKE.get(name, ())) if n in weights.centers), None)
         if value is not None and value.numel() == center.center.numel():
             moved[name] = {"center": value.reshape(center.center.shape)}
             put(center, moved[name])

@@ -37,7 +37,8 @@ _DISTILLED: list[Rule] = [
     (r"(?:backbone\.)?masked_embed", "mask_token", "mask_token"),
     (r"backbone\.(.*)", "backbone", r"\1"),
     (_VIT, "backbone", r"\1"),  # files of a backbone alone
-    (r"((?:head|ca_head|c_head|p_head)\..*)", "heads", r"\1"),
+    (r"(head\.(?:mlp|last_layer\d?)\..*)", "heads", r"\1"),  # not a classifier
+    (r"((?:ca_head|c_head|p_head)\..*)", "heads", r"\1"),
 ]
 
 RULES: dict[str, list[Rule]] = {

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones.tokens import Backbone, Needs, Replace, Tokens, need_cells, pick
+from ..backbones.tokens import Backbone, BackboneError, Needs, Replace, Tokens, need_cells, pick
 from ..config import ConfigError, duration
 from ..data.rng import fold, uniform
 from ..nn.losses import cross_entropy, cross_view, global_mean, other_views
@@ -79,6 +79,12 @@ class GLARE(Distillation):
         size = cfg.views["global"].size
         if o.patch_aug == "mask":
             need_cells(backbone, size, f"views.global.size={size}")
+        if size % backbone.stride:
+            low = size // backbone.stride * backbone.stride
+            raise BackboneError(
+                f"views.global.size={size} is not a multiple of the {backbone.stride} px of a patch of "
+                f"{backbone.architecture}, so patches of two views do not match; use {low} or {low + backbone.stride}"
+            )
         rows, columns = backbone.grid(size)
         window = min(3, -(-min(rows, columns) // 5)) if o.window is None else o.window
         if window > min(rows, columns):
@@ -101,6 +107,14 @@ class GLARE(Distillation):
     @property
     def backbone(self) -> Backbone:
         return self.student["backbone"]
+
+    @property
+    def attends(self) -> bool:
+        """Whether regions follow the attention of the teacher's pooled token."""
+        return self.backbone.can_attend and self.regions == "attention" and self.at_random < self.num_regions
+
+    def compared(self) -> dict[str, str]:
+        return super().compared() | {"means over regions and matched patches": "global"}
 
     # --- what is drawn ---
 
@@ -148,7 +162,7 @@ class GLARE(Distillation):
         images, drop, rows = batch["images"], batch["drop"], batch["images"]["global"].shape[1]
         grid, hide = self.backbone.grid(images["global"].shape[-1]), batch["hide"]
         with torch.no_grad():
-            t = self.encode(self.teacher, images["global"], attention=self.backbone.can_attend)
+            t = self.encode(self.teacher, images["global"], attention=self.attends)
             target = self.teacher["head"](t.pooled).unflatten(0, (2, rows))
             target = self.targets(target, self.center, step)
         hide = None if hide is None else Replace(hide)
@@ -209,7 +223,7 @@ class GLARE(Distillation):
         with torch.no_grad():
             there = Match(pick(across.at, points), across.valid.gather(1, points))
             theirs = torch.cat([pick(t.patches, ids), sample(self.swap(t.patches), there, grid).to(t.patches.dtype)], 1)
-            both = torch.cat([weight.to(theirs.dtype), there.valid.to(theirs.dtype)], 1)
+            both = torch.cat([weight, there.valid.to(weight.dtype)], 1)  # float32: counts that half precision rounds
             target = self.targets(self.teacher["head"](theirs), self.local_center, step, both)
         mine = torch.cat([pick(s.patches, ids), pick(s.patches, points)], 1)
         each = cross_entropy(target, self.student["head"](mine), self.student_temp)
@@ -235,9 +249,12 @@ class GLARE(Distillation):
         """Both views, the first as the student sees it, and regions of it (lit) with where they lie in the second."""
         views, seen = batch["images"]["global"], batch["altered"]
         grid, rows = self.backbone.grid(views.shape[-1]), views.shape[1]
-        t = self.encode(self.teacher, views, attention=self.backbone.can_attend)
+        t = self.encode(self.teacher, views, attention=self.attends)
         member, _ = self.choose(t, batch, grid)
         at = batch["across"].at
+        if batch["hide"] is not None:
+            hidden = patches.pixels(batch["mask"].unflatten(1, grid)[:rows], self.backbone.stride, views.shape[-1])
+            seen = seen[:1] * ~hidden
         shown = {"global 1": views[0], "global 2": views[1], "student's 1": seen[0]}
         for r in range(min(3, self.num_regions)):
             own = member[:rows, r].to(views.dtype)
@@ -254,13 +271,14 @@ def look(t: Tokens) -> Tensor:
 
 
 def lattice(grid: tuple[int, int], count: int, like: Tensor) -> Tensor:
-    """Scores [1, count, N] whose maxima are spread evenly over a grid: one for each region."""
-    side = math.ceil(count**0.5)
+    """Scores [1, count, N] whose maxima are spread over a grid, one for each region: rows of (nearly) as many each."""
+    rows = round(count**0.5)
+    lengths = [count * (r + 1) // rows - count * r // rows for r in range(rows)]
+    places = [((r + 0.5) / rows, (i + 0.5) / n) for r, n in enumerate(lengths) for i in range(n)]
+    at = torch.tensor(places, device=like.device) * torch.tensor(grid, device=like.device)
     y, x = torch.meshgrid(*(torch.arange(n, device=like.device) + 0.5 for n in grid), indexing="ij")
-    at = torch.arange(count, device=like.device)
-    far = (y.flatten() - ((at // side)[:, None] + 0.5) * grid[0] / side) ** 2
-    far = far + (x.flatten() - ((at % side)[:, None] + 0.5) * grid[1] / side) ** 2
-    return -far[None].to(like.dtype)
+    far = (torch.stack([y, x], -1).flatten(0, 1) - at[:, None]).square().sum(-1)  # [count, N]
+    return -far[None]
 
 
 def altered_mean(each: Tensor, weight: Tensor) -> Tensor:

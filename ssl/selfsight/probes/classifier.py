@@ -17,7 +17,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from ..backbones import class_of, family_of
-from ..backbones.adapters import adapt_timm
+from ..backbones.adapters import adapt_timm, settings_of
 from ..backbones.tokens import BackboneError
 from ..backbones.watch import blocks_of
 from ..nn.global_batchnorm import freeze_statistics
@@ -76,6 +76,11 @@ def _adapt(model: nn.Module, adapt: Mapping[str, Any], held: list[nn.Module], ar
                 raise BackboneError(
                     f"adapt={adapt['name']}: the model has adapters of its own, which cannot be merged; use "
                     "adapt=uniadapter to go on training these, or adapt=none to train everything"
+                )
+            if dict(adapt) != settings_of(adapt["name"]):
+                raise BackboneError(
+                    "keys of adapt have no effect here: the model has adapters of its own, which go on training; leave "
+                    "them out"
                 )
             model.requires_grad_(False)
             freeze_statistics(model)

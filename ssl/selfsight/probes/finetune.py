@@ -37,6 +37,7 @@ from .store import FULL, Bank
 from .task import Outcome, Task, out_folder
 from .tuning import Diverged, Job, Judge, Training, result
 
+LAYER_DECAY = 0.75  # where nothing is frozen and nothing was given
 VERSION = 1  # of everything that decides a number, and of the files of an unfinished run
 
 
@@ -55,6 +56,8 @@ def run(task: Task) -> Outcome:
     p = task.settings
     task.loaded.model.cpu()  # a device has enough to do with the copy that is trained
     size = _apply_published(task)
+    if p.layer_decays is None:  # adapters of early blocks are as new as those of late ones
+        p.layer_decays = [LAYER_DECAY if adapted(task) == "none" else 1.0]
     _check(task)
     saved = _saved_folder(task) if p.save else None
     train, test = task.samples()
@@ -258,6 +261,9 @@ def adapted(task: Task) -> str:
 def _trained(task: Task) -> str:
     if (name := adapted(task)) == "none":
         return "the whole backbone"
+    loaded = task.loaded
+    if any(hasattr(block, "adapter") for block in blocks_of(plain(loaded.model, loaded.image_size)).values()):
+        return "the adapters that a frozen backbone holds"
     options = ", ".join(f"{k} {v}" for k, v in task.cfg.adapt.items() if k != "name")
     return f"what {name} ({options}) trains of a frozen backbone"
 

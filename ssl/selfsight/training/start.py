@@ -38,6 +38,11 @@ def fill(objective: Objective, weights: Weights, mean: Sequence[float], std: Seq
             f"these weights have seen images with mean {_listed(weights.mean)} and std {_listed(weights.std)}: "
             f"data.mean=[{','.join(map(str, weights.mean))}] data.std=[{','.join(map(str, weights.std))}]"
         )
+    if "head" in report.matched and getattr(objective, "head_warmup", 0):
+        report.notes.append(
+            f"the head came along, and it would learn alone for {objective.head_warmup} steps: "
+            "objective.head_warmup=0 trains the rest from the first step"
+        )
     return report
 
 

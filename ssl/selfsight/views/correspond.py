@@ -71,6 +71,7 @@ def regions(
     sit at random patches instead, one for each row of draws [R, k, N]. valid: bool [R, N], the patches that may be
     used; a window without any has weight 0.
     """
+    scores = upcast(scores)  # draws in half precision would tie
     near = neighbourhood(grid, window, scores.device)  # [N, N]
     used, members = ~valid, []
     random = 0 if draws is None else draws.shape[1]
@@ -83,7 +84,7 @@ def regions(
         used = used | member
         members.append(member)
     member = torch.stack(members, 1)
-    return member, member.any(2).to(upcast(scores).dtype)
+    return member, member.any(2).to(scores.dtype)
 
 
 def neighbourhood(grid: tuple[int, int], window: int, device: torch.device | None = None) -> Tensor:

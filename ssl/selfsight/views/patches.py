@@ -41,7 +41,7 @@ def _gray(x: Tensor, key: Tensor, purpose: str, patch: int, mean: Tensor, std: T
 
 def _shuffle(x: Tensor, key: Tensor, purpose: str, patch: int, mean: Tensor, std: Tensor) -> Tensor:
     """The pixels of each patch in a random order, the same order for all patches of a view."""
-    order = uniform(key, purpose, patch * patch).argsort(1)
+    order = uniform(key, purpose, patch * patch).argsort(dim=1, stable=True)
     rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
     whole = x[..., : rows * patch, : columns * patch]  # what is left of an incomplete patch stays
     cut = whole.unflatten(-1, (columns, patch)).unflatten(-3, (rows, patch)).transpose(-3, -2).flatten(-2)
