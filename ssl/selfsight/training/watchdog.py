@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Watchdog:
         if self.thread is not None:
             self.thread.join(timeout=5)
         self._path(self.rank).unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or others are not done
+            self.folder.rmdir()
 
     def enter(self, phase: str, step: int) -> None:
         """What the process does from now on."""
