@@ -37,6 +37,14 @@ def test_learns_separable_classes_far_above_chance():
     assert run().top1 > 75
 
 
+def test_a_head_that_diverged_is_not_chosen():
+    """Its logits are not numbers, and the first class, seven in ten here, would win."""
+    train, labels, test, test_labels = data()
+    labels, test_labels = ((part * 7919 % 10 > 6).long() for part in (torch.arange(400), torch.arange(200)))
+    found = run(lrs=(0.01, 1e38), weight_decays=(1e-4,), tensors=(train, labels, test, test_labels))
+    assert found.lr == 0.01 and found.grid[1]["select_top1"] == 0
+
+
 def test_every_head_trains_as_torch_sgd_would_alone():
     train, labels, _, _ = data(n=96)
     x = (train - train.mean(0)) / train.std(0)

@@ -149,7 +149,7 @@ def test_subsets_hold_as_many_of_every_class_and_grow():
     assert np.bincount(labels[draw(ids, labels, 0, None, 10.0)]).tolist() == [3, 3, 3]
 
 
-def test_lowshot_gives_a_row_per_size_and_classifier(run, data):
+def test_lowshot_gives_a_row_per_size_and_classifier(run, data, capsys):
     words = ("probe.shots=[1,3]", "probe.percent=[10]", "probe.seeds=2", "probe.costs=[0.1,10]")
     result = run("lowshot", data["train"], data["val"], *words)
     sizes = [(row["size"], row["classifier"], row["samples"]) for row in result["rows"]]
@@ -158,6 +158,10 @@ def test_lowshot_gives_a_row_per_size_and_classifier(run, data):
     assert result["top1_is"] == "logistic, 10 %" and result["top1"] > 80 and len(result["top1_seeds"]) == 2
     with pytest.raises(ProbeError, match=r"shots=41 images per class, and class 0 has 40"):
         run("lowshot", data["train"], data["val"], "probe.shots=[41]")
+    capsys.readouterr()
+    with pytest.raises(ProbeError, match=r"shots=41 images per class"):
+        run("lowshot", data["train"], data["val"], "probe.shots=[1,41]")
+    assert "lowshot 1" not in capsys.readouterr().out  # nothing is computed for a run that ends so
 
 
 # --- retrieval -------------------------------------------------------------------------------------------------------

@@ -70,9 +70,10 @@ def test_a_warning_of_several_rows_is_said_once(tmp_path, pair, capsys):
     words = ("data=folder", f"data.root={root}", f"data.root_val={root}", f"checkpoint={pair / 'seed0'}",
              f"out={tmp_path / 't'}", "num_workers=0", "device=cpu", "probes=[knn,linear]", "seeds=1")  # fmt: skip
     assert table(config.load("table", [*words, "set=linear.epochs=1"])) == 0
-    assert capsys.readouterr().out.count("byte for byte") == 1
+    assert capsys.readouterr().out.count("warning: ") == 1
     rows = json.loads((tmp_path / "t" / "table.json").read_text())["rows"]
     assert all(any("byte for byte" in w for w in row["result"]["warnings"]) for row in rows)
+    assert (tmp_path / "t" / "table.md").read_text().count("byte for byte") == 1
 
 
 def test_a_row_that_cannot_be_had_says_why_and_the_rest_goes_on(pair, tmp_path):

@@ -137,10 +137,14 @@ def score(fitted: Fitted, how: Recipe, test: Tensor, labels: Tensor) -> Linear:
 
 
 def _ranked(fitted: Fitted, seed: int, heads: slice, x: Tensor) -> Tensor:
-    """The five best classes of every row by some heads of a seed, [heads, n, 5]."""
+    """The five best classes of every row by some heads of a seed, [heads, n, 5]; -1 where a head diverged."""
     weight, bias = fitted.weight[seed, heads], fitted.bias[seed, heads]
     parts = ((part.to(weight.device).float() - fitted.mean) / fitted.std for part in x.split(CHUNK))
-    out = [_logits(p, weight, bias).topk(min(5, weight.shape[1]), dim=-1).indices.cpu() for p in parts]
+    out = []
+    for part in parts:
+        logits = _logits(part, weight, bias)
+        best = logits.topk(min(5, weight.shape[1]), dim=-1).indices
+        out.append(best.masked_fill(~logits.isfinite().all(-1, keepdim=True), -1).cpu())
     return torch.cat(out, dim=1)
 
 

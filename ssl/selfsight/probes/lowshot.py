@@ -52,7 +52,7 @@ def run(task: Task) -> Outcome:
     bank, queries = train.vectors().to(task.device), test.vectors().to(task.device)
     labels, truth = train.labels.to(task.device), test.labels.to(task.device)
     rows: list[dict[str, Any]] = []
-    for word, shots, percent in _sizes(task, train.labels.numpy()):
+    for word, shots, percent in list(_sizes(task, train.labels.numpy())):  # all are checked before one is computed
         draws = [draw(train.ids, train.labels.numpy(), seed, shots, percent) for seed in task.seeds]
         for kind in p.classifiers:
             found = [_one(kind, bank[d], labels[d], queries, truth, task) for d in map(torch.from_numpy, draws)]

@@ -237,6 +237,8 @@ def markdown(found: list[Found], facts: dict[str, Any]) -> str:
         if seconds is not None:
             notes.append(f"{name}: one pass of the backbone over all images, {seconds:,.1f} s, not in the column s.")
     notes += [f"{f.checkpoint}, {f.row}: no number, {f.failed}" for f in found if f.failed]
+    said = [f"{f.checkpoint}: {warning}" for f in found if f.result for warning in f.result["warnings"]]
+    notes += [f"warning, {sentence}" for sentence in dict.fromkeys(said)]
     return "\n".join([line(head), rule, *map(line, body), "", *(f"- {note}" for note in notes), ""])
 
 
