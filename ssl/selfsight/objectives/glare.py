@@ -76,24 +76,7 @@ class GLARE(Distillation):
         kwargs, pace = distill.settings(cfg, *OWN), Pace.of(cfg, total_steps, steps_per_epoch)
         needs = cls.needs._replace(hide=Replace if o.patch_aug == "mask" else None)
         backbone = distill.multicrop_backbone(cfg, needs)
-        size = cfg.views["global"].size
-        if o.patch_aug == "mask":
-            need_cells(backbone, size, f"views.global.size={size}")
-        if size % backbone.stride:
-            low = size // backbone.stride * backbone.stride
-            raise BackboneError(
-                f"views.global.size={size} is not a multiple of the {backbone.stride} px of a patch of "
-                f"{backbone.architecture}, so patches of two views do not match; use {low} or {low + backbone.stride}"
-            )
-        rows, columns = backbone.grid(size)
-        window = min(3, -(-min(rows, columns) // 5)) if o.window is None else o.window
-        if window > min(rows, columns):
-            raise ConfigError(f"objective.window={window} is wider than the grid of {rows} x {columns} patches")
-        if math.isqrt(o.points) ** 2 != o.points:
-            raise ConfigError(
-                f"objective.points={o.points} is not a square number: patches are drawn from as many equal parts of "
-                "the view; use 16, 25, 36, 49 or 64"
-            )
+        window = window_of(cfg, backbone)
         ca = SampledAttention(backbone.embed_dim, backbone.num_heads or 1) if o.region_attention == "srs" else None
         student = {
             "backbone": backbone,
@@ -261,6 +244,29 @@ class GLARE(Distillation):
             shown[f"region {r + 1}"] = lit(views[0], own.unflatten(1, grid)[:, None])
             shown[f"region {r + 1} in 2"] = lit(views[1], splat(own, at[:rows], grid))
         return shown
+
+
+def window_of(cfg: Any, backbone: Backbone) -> int:
+    """Side of a region in patches; BackboneError or ConfigError where views or options do not fit the backbone."""
+    o, size = cfg.objective, cfg.views["global"].size
+    if o.patch_aug == "mask":
+        need_cells(backbone, size, f"views.global.size={size}")
+    if size % backbone.stride:
+        low = size // backbone.stride * backbone.stride
+        raise BackboneError(
+            f"views.global.size={size} is not a multiple of the {backbone.stride} px of a patch of "
+            f"{backbone.architecture}, so patches of two views do not match; use {low} or {low + backbone.stride}"
+        )
+    if math.isqrt(o.points) ** 2 != o.points:
+        raise ConfigError(
+            f"objective.points={o.points} is not a square number: patches are drawn from as many equal parts of "
+            "the view; use 16, 25, 36, 49 or 64"
+        )
+    rows, columns = backbone.grid(size)
+    window = min(3, -(-min(rows, columns) // 5)) if o.window is None else o.window
+    if window > min(rows, columns):
+        raise ConfigError(f"objective.window={window} is wider than the grid of {rows} x {columns} patches")
+    return window
 
 
 def look(t: Tokens) -> Tensor:
