@@ -65,6 +65,14 @@ def test_the_words_of_the_probe_command_give_the_same_probe():
         assert probe[key] == entry[key], key
 
 
+def test_a_protocol_of_an_entry_is_complete_and_is_typed_for_its_probe():
+    with pytest.raises(ConfigError, match=r"eval\.knn: probe\.protocol=dino_knn fixes probe\.k=.* and \[20\] was given"):
+        entries("eval.knn.probe.protocol=dino_knn", "eval.knn.probe.k=20")
+    (entry,) = entries("eval.knn.probe.protocol=dino_knn").values()
+    assert config.load("probe", ["checkpoint=-", *probe_words(entry)]).probe == entry.probe
+    assert list(entry.probe.k) == [10, 20, 100, 200]
+
+
 def test_entries_leave_the_name_of_the_run_and_its_resuming_alone():
     plain, more = (config.load("train", list(words)) for words in ((), ("eval.linear.every_n_steps=5",)))
     assert plain.run_dir == more.run_dir and config.diff(plain, more) == []

@@ -114,7 +114,6 @@ def test_the_steps_of_an_entry(tmp_path, words, due):
         (("eval.knn.which=teacher",), "eval.knn: which=teacher: mae has student"),
         (("eval.knn.data=folder", "eval.knn.data.root=/nowhere/at/all"), "eval.knn: .*/nowhere/at/all"),
         (("eval.knn.how=slurm",), "eval.knn: how=slurm needs sbatch"),
-        (("eval.knn.probe.protocol=dino_knn", "eval.knn.probe.k=3"), "eval.knn: probe.protocol=dino_knn fixes probe.k"),
         (("eval.linear.at=5", "data.labels=none", "data=folder", "data.root={images}"), "probe=linear needs labels"),
     ],
 )

@@ -21,6 +21,7 @@ from selfsight.probes.classifier import HEAD_STD, build_classifier
 from selfsight.probes.finetune_published import PUBLISHED, published
 from selfsight.probes.load import Loaded
 from selfsight.probes.run import probe
+from selfsight.schema import ConfigError
 from selfsight.training.layer_decay import layered_groups, layers_of
 from selfsight.training.optim import optimizer_state
 
@@ -404,10 +405,11 @@ def test_recipes_fit_the_schema():
 
 def test_a_recipe_is_refused_where_it_does_not_belong_or_something_else_was_given(exported, roots, tmp_path):
     with pytest.raises(ProbeError, match=r"spark_finetune is a recipe for convnext_\*, and this is vit_tiny"):
-        probe(settings(exported, tmp_path, roots, "probe.protocol=spark_finetune"))
-    with pytest.raises(ProbeError, match=r"mae_finetune fixes probe\.lrs=\[0\.0005\], and \[0\.02\] was given"):
-        usual = ("probe.epochs=20", "probe.batch_size=128", "probe.warmup_epochs=2")
-        probe(settings(exported, tmp_path, roots, "probe.protocol=mae_finetune", *usual))
+        here = (f"out={tmp_path}", "num_workers=0", "device=cpu", f"data.root={roots[0]}", f"data.root_val={roots[1]}")
+        words = [f"checkpoint={exported}", "probe=finetune", "data=folder", "probe.protocol=spark_finetune", *here]
+        probe(config.load("probe", words))
+    with pytest.raises(ConfigError, match=r"mae_finetune fixes probe\.epochs by the size of the model; leave one out"):
+        config.load("probe", ["checkpoint=-", "probe=finetune", "probe.protocol=mae_finetune", "probe.epochs=20"])
 
 
 # ---- what cannot be done ---------------------------------------------------------------------------------------------

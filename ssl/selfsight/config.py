@@ -78,6 +78,10 @@ def load(command: str, overrides: list[str]) -> DictConfig:
     try:
         _apply_rules(cfg)
         _check(command, cfg)
+        if "probe" in known and cfg.get("probe") is not None:
+            from .probes.protocols import apply_protocol
+
+            apply_protocol(cfg.probe, {key.removeprefix("probe.") for key in values})
         if entries:
             cfg.eval = entries
         cfg = resolve(cfg) if command in ("train", "bench") else cfg

@@ -30,7 +30,6 @@ from .augment import make_policy, mixes
 from .classifier import HEAD_STD, build_classifier, classifier_args, used_drop_path, used_pool
 from .finetune_published import published
 from .identity import data_facts, digest, weights_hash
-from .protocols import apply_protocol
 from .readout import plain
 from .select import held_out, spread
 from .store import FULL, Bank
@@ -131,7 +130,8 @@ def _apply_published(task: Task) -> str:
         return ""
     width = plain(task.loaded.model, task.loaded.image_size).num_features
     values, size, own = published(name, task.loaded.architecture, width)
-    apply_protocol(task.settings, values)
+    for key, value in values.items():  # nobody typed one of them (`protocols.apply_protocol`)
+        task.settings[key] = value
     if not own:
         task.warn(f"probe.protocol={name} was not published for a {task.loaded.architecture} of width {width}; it "
                   f"takes the values of {size}")  # fmt: skip

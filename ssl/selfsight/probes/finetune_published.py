@@ -22,6 +22,11 @@ class Published(NamedTuple):
     every: dict[str, Any]
     sizes: dict[int, tuple[str, dict[str, Any]]]
 
+    @property
+    def keys(self) -> set[str]:
+        """What it fixes, whatever the size."""
+        return self.every.keys() | {key for _, own in self.sizes.values() for key in own}
+
 
 _STRONG = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "erase": 0.25, "augment": RAND_AUGMENT,
            "scale": [0.08, 1.0], "flip": 0.5, "min_lr": 1e-6, "warmup_start": 0.0, "clip": None,

@@ -4,7 +4,8 @@ dino_knn       DINO (Caron et al., 2021), eval_knn: k of 10, 20, 100 and 200, T 
 mae_linear     MAE (He et al., 2022), appendix A.1: batch norm without affine, LARS with base rate 0.1 for a batch of
                16,384 (at most the split), 90 epochs, 10 of warm-up; published with random crops and flips.
 ep_lars        Psomas et al. (arXiv 2506.10178): efficient probing, 32 queries, LARS with base rate 0.1 for a batch of
-               4096 (at most the split), 90 epochs, 10 of warm-up; published with random crops and flips.
+               4096 (at most the split), 90 epochs, 10 of warm-up; published with random crops and flips. The norm
+               stays a choice: published without the final norm for MAE's checkpoints, with it for DINOv2's.
 dinov2_linear  DINOv2 (Oquab et al., 2023), linear grid: 13 rates x class tokens of 1 or 4 last blocks x with or without
                the mean of the patches, SGD, batch 128, 12,500 steps; published with crops and flips, and with the head
                chosen on the test split, which is never done here.
@@ -12,12 +13,14 @@ dinov2_linear  DINOv2 (Oquab et al., 2023), linear grid: 13 rates x class tokens
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from .. import config
-from . import ProbeError
+from ..schema import ConfigError
+from .finetune_published import PUBLISHED
 
 EP_LARS = {"pooling": "ep", "queries": [32], "layers": None, "optimizer": "lars", "lrs": [0.1], "weight_decays": [0.0],
            "epochs": 90, "warmup_epochs": 10, "batch_size": 4096}  # fmt: skip
@@ -35,18 +38,25 @@ PROTOCOLS: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def apply_protocol(settings: Any, values: dict[str, Any] | None = None) -> None:
-    """Put the values of `probe.protocol` into the probe's settings; ProbeError where one of them was given as well.
+def apply_protocol(settings: Any, typed: Collection[str]) -> None:
+    """Put the values of `probe.protocol` into the probe's settings; ConfigError where another one was typed.
 
-    values: where they depend on the model (`finetune_published`); without them nothing is done about such a protocol.
+    typed: keys of the probe that somebody wrote: only so can a usual value be told from one that was meant. The values
+    of a recipe for fine-tuning depend on the model, and are put in when that is known (`finetune`).
     """
     name = settings.get("protocol")
-    values = values or PROTOCOLS.get(settings.name, {}).get(name)
-    if not name or values is None:
+    if settings.name == "finetune" and name:
+        if wrong := sorted(PUBLISHED[name].keys & set(typed)):
+            raise ConfigError(f"probe.protocol={name} fixes probe.{wrong[0]} by the size of the model; leave one out")
         return
-    usual = config.load("probe", ["checkpoint=-", f"probe={settings.name}"]).probe
-    for key, value in values.items():
+    for key, value in (PROTOCOLS.get(settings.name, {}).get(name) or {}).items():
         given = OmegaConf.to_container(OmegaConf.create({"v": settings[key]}))["v"]
-        if given not in (value, OmegaConf.to_container(usual)[key]):
-            raise ProbeError(f"probe.protocol={name} fixes probe.{key}={value}, and {given} was given; leave one out")
+        if key in typed and given != value:
+            raise ConfigError(f"probe.protocol={name} fixes probe.{key}={_word(value)}, and {_word(given)} was given; "
+                              "leave one out")  # fmt: skip
         settings[key] = value
+
+
+def _word(value: Any) -> str:
+    """As it is typed."""
+    return json.dumps(value).replace('"', "").replace(", ", ",") if isinstance(value, (list, bool)) else str(value)

@@ -28,7 +28,6 @@ from . import ProbeError
 from .knn import standard_error
 from .load import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .masks import THRESHOLD, WHICH
-from .protocols import apply_protocol
 from .store import Bank
 from .task import Outcome, Task, out_folder, remove_banks
 
@@ -47,7 +46,6 @@ class Together(NamedTuple):
 def probe(cfg: Any, together: Together | None = None) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
-    apply_protocol(cfg.probe)
     if cfg.probe.name != "finetune" and cfg.adapt.name != "none":
         raise ProbeError(f"adapt={cfg.adapt.name} is for probe=finetune; probe={cfg.probe.name} leaves the backbone as "
                          "it is")  # fmt: skip
@@ -64,8 +62,7 @@ def image_size(cfg: Any) -> int | None:
 def probe_loaded(
     cfg: Any, loaded: Loaded, device: torch.device, started: float, together: Together | None = None
 ) -> dict[str, Any]:
-    """The same of a backbone that is in memory. cfg: with its data, and with its protocol applied; started: a
-    `time.monotonic()`."""
+    """The same of a backbone that is in memory. cfg: with its data; started: a `time.monotonic()`."""
     loaded.model.to(device)
     task = Task(cfg, loaded, device, together.said if together else None)
     outcome = importlib.import_module(f".{cfg.probe.name}", __package__).run(task)

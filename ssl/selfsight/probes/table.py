@@ -25,7 +25,6 @@ from ..analysis.charts import Curve, plot
 from ..config import ConfigError
 from . import ProbeError
 from .load import choose_data, choose_device, load_backbone
-from .protocols import apply_protocol
 from .run import Together, probe
 from .task import Task, remove_banks
 
@@ -96,7 +95,6 @@ def build_rows(cfg: Any) -> list[Row]:
             words += _masks(cfg)
         words += [f"probe.{key}={value}" for key, value in changes.get(name, {}).items()]
         made = config.load("probe", words)
-        apply_protocol(made.probe)
         if made.data is None:
             made.data = cfg.data
         for key in SHARED:

@@ -20,7 +20,6 @@ from ..eval_entries import probe_words, text_of
 from ..probes import ProbeError
 from ..probes.load import choose_device
 from ..probes.masks import need_objects
-from ..probes.protocols import apply_protocol
 from ..probes.run import image_size
 from ..probes.task import open_splits
 from ..results import eval_folder, eval_result, eval_results
@@ -123,9 +122,8 @@ class EvalPlan:
         return self.entries[name].threads or max(1, (os.cpu_count() or 1) // 4)
 
     def probe_config(self, name: str, step: int) -> DictConfig:
-        """The config of one evaluation, with its data and its protocol applied."""
+        """The config of one evaluation, with its data."""
         cfg = config.load("probe", self.probe_words(name, step))
-        apply_protocol(cfg.probe)
         cfg.data = self.cfg.data if cfg.data is None else cfg.data
         return cfg
 
