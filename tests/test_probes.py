@@ -17,6 +17,7 @@ from selfsight.probes.lowshot import draw
 from selfsight.probes.retrieval import retrieve
 from selfsight.probes.run import probe
 from selfsight.probes.select import held_out
+from selfsight.schema import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,18 @@ def test_dinos_protocol_by_name(run, tmp_path):
     result = run("knn", train, val, "probe.protocol=dino_knn")
     assert [row["k"] for row in result["grid"]] == [10, 20, 100, 200] and "centred" not in result["protocol"]
     assert result["settings"]["probe"]["k"] == [10, 20, 100, 200] and not result["settings"]["probe"]["center"]
-    with pytest.raises(ProbeError, match=r"dino_knn fixes probe\.k=\[10, 20, 100, 200\], and \[7\] was given"):
+    with pytest.raises(ConfigError, match=r"dino_knn fixes probe\.k=\[10,20,100,200\], and \[7\] was given"):
         run("knn", train, val, "probe.protocol=dino_knn", "probe.k=7")
+
+
+@pytest.mark.parametrize("command", ["probe", "eval"])
+def test_a_protocol_never_overrides_what_was_typed_even_if_that_is_the_usual_value(command):
+    words = ["checkpoint=-"] if command == "probe" else []
+    usual = config.load(command, [*words, "probe=linear"]).probe.epochs
+    with pytest.raises(ConfigError, match=rf"mae_linear fixes probe.epochs=90, and {usual} was given; leave one out"):
+        config.load(command, [*words, "probe=linear", "probe.protocol=mae_linear", f"probe.epochs={usual}"])
+    agreed = config.load(command, [*words, "probe=linear", "probe.protocol=mae_linear", "probe.epochs=90"]).probe
+    assert agreed.epochs == 90 and agreed.batch_norm and agreed.optimizer == "lars"
 
 
 # --- linear ----------------------------------------------------------------------------------------------------------
@@ -297,3 +308,14 @@ def test_poolings_of_the_config_are_those_that_exist():
     from selfsight.schema import POOLINGS as named
 
     assert set(named) == set(POOLINGS)
+
+
+def test_without_the_final_norm_the_last_layer_is_read_as_it_is(run, data, tmp_path):
+    words = ("probe.pooling=gap", "probe.epochs=2", "probe.batch_size=32", "probe.seeds=1", "probe.lrs=[0.003]")
+    norm, raw, last = (run("attentive", data["train"], data["val"], *words, *more) for more in (
+        (), ("probe.norm=false",), ("probe.norm=false", "probe.layers=[3]")))  # fmt: skip
+    assert raw["select_top1"] == last["select_top1"] and raw["top1"] == last["top1"]
+    assert "output (without the final norm)" in raw["protocol"] and "output (with the final norm)" in norm["protocol"]
+    kept = sorted(path.stem for path in (tmp_path / "banks").rglob("mean*.npy"))
+    assert kept == ["mean", "mean", "mean-3-raw", "mean-3-raw"]  # of both splits; and gap keeps no patch tokens
+    assert not list((tmp_path / "banks").rglob("patches*.npy"))

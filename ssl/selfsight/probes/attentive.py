@@ -366,7 +366,7 @@ def _check(train, train_labels: Tensor, test, test_labels: Tensor, select: np.nd
 
 
 class Stored(NamedTuple):
-    """Tokens of a bank as a `TokenSource`: patches of a layer, or its class token alone."""
+    """Tokens of a bank as a `TokenSource`: patches of a layer, or its class token or their mean alone."""
 
     bank: Bank
     want: Want
@@ -376,7 +376,7 @@ class Stored(NamedTuple):
 
     def tokens(self, rows: Tensor) -> Tensor:
         kind, layer, norm = self.want
-        if kind == "class":
+        if kind != "patches":
             return self.bank.vectors(kind, layer, rows.numpy(), norm)[:, None]
         return self.bank.tokens(layer, rows.numpy(), norm)
 
@@ -409,9 +409,11 @@ def wants(task: Task, settings: Any) -> list[Want]:
 
 def _layers(task: Task, settings: Any) -> dict[str, Want]:
     """What is read of each layer, by its name."""
-    wanted, kind = settings.layers, "class" if settings.pooling == "cls" else "patches"
+    wanted = settings.layers
+    # The mean of the tokens is all that gap sees of them, and takes a fraction of their place.
+    kind = {"cls": "class", "gap": "mean"}.get(settings.pooling, "patches")
     if wanted is None:
-        return {"output": Want(kind, None, settings.norm)}
+        return {"output": Want.of(kind, None, settings.norm)}
     if wanted == "all":
         wanted = range(task.depth())
     return {f"layer {number}": Want(kind, number, settings.norm) for number in wanted}

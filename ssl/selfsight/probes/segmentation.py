@@ -224,8 +224,9 @@ def run(task: Task) -> Outcome:
     source, test_source = task.splits.train[0], task.splits.test[0]
     for one, samples in (task.splits.train, task.splits.test):
         mask_of(one, int(samples[0]))  # before the backbone is run
-    train, test = task.banks(Want("patches", p.layer, p.norm), kind=kind, stride=stride, labelled=False)
-    cut, read = Cut(kind, size, task.loaded.crop_pct, len(task.loaded.mean), stride), (p.layer, p.norm)
+    want = Want.of("patches", p.layer, p.norm)
+    train, test = task.banks(want, kind=kind, stride=stride, labelled=False)
+    cut, read = Cut(kind, size, task.loaded.crop_pct, len(task.loaded.mean), stride), (want.layer, want.norm)
     ids = patch_ids(source, train, cut, math.isqrt(train.array("patches", *read).shape[1]))
     classes = _classes(source, ids, p.ignore)
     _warn_empty(task, source, ids, classes)
@@ -269,7 +270,8 @@ def _words(task: Task, size: int) -> str:
     seen = f"whole images squashed to {size} x {size}"
     if p.mode == "sliding":
         seen = f"shorter side {size}, windows of {size} with stride {size // 2}, overlapping logits averaged"
-    layer = "the output" if p.layer is None else f"layer {p.layer} ({'with' if p.norm else 'without'} the final norm)"
+    layer = "the output" if p.layer is None else f"layer {p.layer}"
+    layer += f" ({'with' if p.norm else 'without'} the final norm)"
     norm = ", standardised per dimension" if p.batch_norm else ""
     return (
         f"Segmentation by one linear layer on frozen patch tokens of {layer}{norm}, {seen}, logits enlarged "
