@@ -1,5 +1,7 @@
 """The trainer: devices and precisions that this machine does not have are refused in one sentence."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -32,3 +34,15 @@ def test_more_gpus_than_there_are_names_their_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ConfigError, match=r"4 GPU\(s\) are asked for and 3 can be seen: use trainer.devices=3"):
         make_trainer(config.load("train", ["trainer.accelerator=gpu", "trainer.devices=4"]), [])
+
+
+def test_a_machine_with_slurm_is_no_job(tmp_path, monkeypatch):
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        make_trainer(config.load("train", ["trainer.accelerator=cpu"]), [])
+    assert not [w for w in said if "srun" in str(w.message)]

@@ -50,6 +50,8 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     exact = cfg.deterministic == "exact"
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if "SLURM_NTASKS" not in os.environ:  # no job, so the advice to start Python by srun is out of place
+        warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
     many = devices * cfg.trainer.num_nodes > 1 or cfg.trainer.strategy == "ddp"
     trainer = pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
