@@ -23,7 +23,7 @@ class Noise:
     """PNGs of noise with labels 0, 1, 2; those in `bad` are no images, and each takes `seconds` to read."""
 
     classes, describe, labelled, has_objects, fingerprint = None, "noise", True, False, "noise"
-    shift = 0
+    shift = turned = 0
 
     def __init__(self, n: int, bad: Collection[int] = (), seconds: float = 0.0):
         self.n, self.lengths, self.bad, self.seconds = n, [n], bad, seconds
@@ -31,9 +31,12 @@ class Noise:
     def __len__(self):
         return self.n
 
+    def label(self, id: int) -> int:
+        return (id + self.turned) % 3
+
     def read(self, id: int) -> Raw:
         time.sleep(self.seconds)
         out = io.BytesIO()
         pixels = np.random.default_rng(id + 1000 * self.shift).integers(0, 255, (16, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(out, "PNG")
-        return Raw(f"{id:03d}", b"no image" if id in self.bad else out.getvalue(), id % 3, f"noise {id}")
+        return Raw(f"{id:03d}", b"no image" if id in self.bad else out.getvalue(), self.label(id), f"noise {id}")

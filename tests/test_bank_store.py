@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ import timm
 import torch
 
 from drawn_bank import Noise, backbone
-from selfsight.probes import ProbeError
+from selfsight.probes import ProbeError, store
 from selfsight.probes import passes as pass_module
 from selfsight.probes.bank import extract
 from selfsight.probes.cuts import Cut
@@ -177,7 +178,7 @@ def edit(path, **changes):
 
 def test_a_bank_that_would_not_fit_says_what_would(vit, tmp_path):
     with pytest.raises(ProbeError, match=r"takes 0\.2 MB, and bank\.max_gb=0\.0001 allows 0\.1 MB: bank\.dtype=float16 "
-                                         r"would take 0\.1 MB, probe\.bank=\d+ images would fit"):  # fmt: skip
+                                         r"would take 0\.1 MB, \d+ images would fit \(probe\.bank"):  # fmt: skip
         bank(vit, tmp_path, max_gb=1e-4)
     assert not complete(tmp_path) and not list(tmp_path.glob("*/.part*/patches.npy"))
 
@@ -245,3 +246,69 @@ def test_two_processes_that_want_the_same_bank_make_one(tmp_path):
         one.join()
     assert [one.exitcode for one in both] == [0, 0] and len(complete(tmp_path)) == 1
     assert not list(tmp_path.glob("*/.part*"))
+
+
+def test_relabelled_samples_are_not_taken_from_a_bank(vit, tmp_path):
+    first = bank(vit, tmp_path)
+    turned = Noise(20)
+    turned.turned = 1  # the same images, every label another
+    assert torch.equal(bank(vit, tmp_path, turned).labels, (first.labels + 1) % 3)
+    assert len(complete(tmp_path)) == 2
+
+
+def test_only_what_was_made_is_removed(vit, tmp_path):
+    kept = bank(vit, tmp_path, wants=(Want("pooled"),))
+    again = bank(vit, tmp_path, wants=(Want("pooled"), Want("patches")))
+    assert len(kept.made) == len(again.made) == 1 and bank(vit, tmp_path).made != again.made
+    store.remove(again.made)
+    assert complete(tmp_path)[0] == kept.made[0] or kept.made[0] in complete(tmp_path)
+    assert not again.made[0].exists()
+    store.remove(complete(tmp_path))
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())  # nothing else was there, so the folders go as well
+
+
+def _ask(root, barrier, out):
+    torch.set_num_threads(1)
+    barrier.wait()
+    found = bank(backbone(), root, Noise(20, seconds=0.02))
+    out.put((float(found.vectors().sum()), len(found.made)))
+
+
+def test_two_processes_that_ask_at_once_share_one_pass(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    barrier, out = fork.Barrier(2), fork.Queue()
+    both = [fork.Process(target=_ask, args=(tmp_path, barrier, out)) for _ in range(2)]
+    for one in both:
+        one.start()
+    found = [out.get(timeout=60) for _ in both]
+    for one in both:
+        one.join(60)
+    assert found[0][0] == found[1][0] and sorted(made for _, made in found) == [0, 1]
+    assert len(complete(tmp_path)) == 1
+
+
+def test_features_that_are_not_finite_are_refused_and_not_kept(vit, tmp_path):
+    broken = backbone()
+    with torch.no_grad():
+        broken.blocks[1].mlp.fc2.bias[3] = float("nan")
+    with pytest.raises(ProbeError, match=r"features \(pooled\) contain NaN or infinity; the backbone has diverged"):
+        bank(broken, tmp_path)
+    assert not complete(tmp_path) and not list(tmp_path.glob("*/.part*"))
+
+
+def test_room_for_both_splits_is_looked_at_before_the_first_is_begun(vit, tmp_path, monkeypatch):
+    cut, how = Cut("center", 16), How(**{**NORM, "batch_size": 6})
+    plans = [store.plan(vit, Noise(n), range(n), WANTS, cut=cut, how=how, place=Place(tmp_path / "b", 1.0, "vit"))
+             for n in (20, 30)]  # fmt: skip
+    whole = sum(store.need(asked).whole for asked in plans)
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((whole * 0.7, False), (whole * 1.1, True)):
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda _, free=free: usage._replace(
+            total=0, free=int(free)))  # fmt: skip
+        if fits:
+            store.check_sizes(plans)
+            continue
+        with pytest.raises(ProbeError, match=r"a bank of 50 images takes 0\.5 MB, and .* has room for 0\.3 MB: .*"
+                                             r"3\d images would fit \(probe\.bank .*probe\.test"):  # fmt: skip
+            store.check_sizes(plans)
+    assert not (tmp_path / "b").exists()

@@ -66,7 +66,9 @@ def test_the_words_of_the_probe_command_give_the_same_probe():
 
 
 def test_a_protocol_of_an_entry_is_complete_and_is_typed_for_its_probe():
-    with pytest.raises(ConfigError, match=r"eval\.knn: probe\.protocol=dino_knn fixes probe\.k=.* and \[20\] was given"):
+    with pytest.raises(
+        ConfigError, match=r"eval\.knn: probe\.protocol=dino_knn fixes probe\.k=.* and \[20\] was given"
+    ):
         entries("eval.knn.probe.protocol=dino_knn", "eval.knn.probe.k=20")
     (entry,) = entries("eval.knn.probe.protocol=dino_knn").values()
     assert config.load("probe", ["checkpoint=-", *probe_words(entry)]).probe == entry.probe

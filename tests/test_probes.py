@@ -319,3 +319,18 @@ def test_without_the_final_norm_the_last_layer_is_read_as_it_is(run, data, tmp_p
     kept = sorted(path.stem for path in (tmp_path / "banks").rglob("mean*.npy"))
     assert kept == ["mean", "mean", "mean-3-raw", "mean-3-raw"]  # of both splits; and gap keeps no patch tokens
     assert not list((tmp_path / "banks").rglob("patches*.npy"))
+
+
+def test_a_part_of_the_test_split_is_fixed_and_said(run, data):
+    whole, part = (run("knn", data["train"], data["val"], *words) for words in ((), ("probe.test=12",)))
+    assert (whole["n_query"], part["n_query"]) == (30, 12)
+    assert "a fixed part of 12 of the 30 images of the validation split" in part["protocol"]
+
+
+def test_features_are_kept_or_not_and_what_was_there_stays(run, data, tmp_path):
+    run("knn", data["train"], data["val"])
+    kept = sorted((tmp_path / "banks").rglob("*.npy"))
+    run("linear", data["train"], data["val"], "probe.inputs=[mean]", "probe.epochs=1", "bank.keep=false")
+    assert kept and sorted((tmp_path / "banks").rglob("*.npy")) == kept
+    run("knn", data["train"], data["val"], "bank.keep=false")
+    assert sorted((tmp_path / "banks").rglob("*.npy")) == kept

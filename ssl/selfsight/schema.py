@@ -593,6 +593,7 @@ class KNNProbe:
     temperature: Any = some([0.07], 1e-4)
     center: bool = True
     bank: int | None = integer(None)
+    test: int | None = integer(None)
     masks: str = one_of("none", "none", "largest", "first")
 
 
@@ -611,6 +612,7 @@ class LinearProbe:
     batch_size: int = integer(1024)
     seeds: int = integer(3)
     bank: int | None = integer(None)
+    test: int | None = integer(None)
 
 
 POOLINGS = ("ep", "cls", "gap", "gem", "aim", "capi", "jepa", "vjepa2", "siglip", "cae", "cait", "coca", "clip",
@@ -633,6 +635,7 @@ class LayerwiseProbe:
     max_batch: int | None = integer(None)
     seeds: int = integer(3)
     bank: int | None = integer(None)
+    test: int | None = integer(None)
 
 
 @dataclasses.dataclass
@@ -671,6 +674,7 @@ class FinetuneProbe:
     seeds: int = integer(3)
     save: bool = False
     bank: int | None = integer(None, 2)
+    test: int | None = integer(None)
 
 
 @dataclasses.dataclass
@@ -684,6 +688,7 @@ class LowShotProbe:
     temperature: float = number(0.07, 1e-4)
     seeds: int = integer(5)
     bank: int | None = integer(None)
+    test: int | None = integer(None)
 
 
 @dataclasses.dataclass
@@ -692,6 +697,7 @@ class RetrievalProbe:
     gallery: str = one_of("train", "train", "test")
     center: bool = True
     bank: int | None = integer(None)
+    test: int | None = integer(None)
 
 
 @dataclasses.dataclass
@@ -702,6 +708,7 @@ class RotationProbe:
     batch_size: int = integer(1024)
     seeds: int = integer(3)
     bank: int | None = integer(None)
+    test: int | None = integer(None)
 
 
 @dataclasses.dataclass
@@ -718,6 +725,7 @@ class SegmentationProbe:
     ignore: int = integer(255, 0, 65535)
     seeds: int = integer(3)
     bank: int | None = integer(None)
+    test: int | None = integer(None)
 
 
 @dataclasses.dataclass
@@ -825,6 +833,7 @@ class Table:
     masks: MaskShards = dataclasses.field(default_factory=MaskShards)
     seeds: int | None = integer(None)
     images: int | None = integer(None)
+    test_images: int | None = integer(None)
     step: Any = kept_step()
     which: str | None = one_of(None, "student", "teacher")
     image_size: int | None = integer(None, 8)

@@ -15,6 +15,7 @@ from ..data.source import SampleError, Source
 from .cuts import Cut
 
 VERSION = 1  # of the files and of everything that decides a feature
+UNUSABLE = -2  # a label that cannot be read
 LOOKED_AT = 32  # samples whose bytes are part of the hash
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -69,11 +70,27 @@ def data_facts(source: Source, ids: np.ndarray) -> dict[str, Any]:
     return {
         "fingerprint": source.fingerprint,
         "describe": source.describe,
-        "labels": [bool(source.labelled), digest(json.dumps(list(source.classes or [])).encode())],
+        "labels": [
+            bool(source.labelled),
+            digest(json.dumps(list(source.classes or [])).encode()),
+            _labels(source, ids),
+        ],
         "ids": digest(np.ascontiguousarray(ids, dtype=np.int64).tobytes()),
         "samples": len(ids),
         "bytes": digest(*looked),
     }
+
+
+def _labels(source: Source, ids: np.ndarray) -> str:
+    """Of every sample, because a bank keeps them, and relabelling changes no image."""
+    return digest(np.array([_label(source, i) for i in ids.tolist()], dtype=np.int64).tobytes())
+
+
+def _label(source: Source, id: int) -> int:
+    try:
+        return source.label(id)
+    except SampleError:
+        return UNUSABLE
 
 
 def _bytes(source: Source, id: int) -> bytes:

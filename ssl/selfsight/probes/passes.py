@@ -131,6 +131,9 @@ def _encode(model: nn.Module, pixels: Tensor, wants: Sequence[Want], how: How) -
         x = x.contiguous(memory_format=torch.channels_last) if how.channels_last else x
         with torch.autocast(kind, dtype) if dtype else contextlib.nullcontext():
             for name, values in read_out(model, x, wants).items():
+                if not values.isfinite().all():
+                    raise ProbeError(f"features ({name}) contain NaN or infinity; the backbone has diverged"
+                                     + ("" if dtype is None else ", or bank.precision=32-true is needed"))  # fmt: skip
                 found[name].append(_as_stored(values, name, how.dtype))
     return {name: np.concatenate(values) for name, values in found.items()}
 

@@ -28,8 +28,8 @@ from . import ProbeError
 from .knn import standard_error
 from .load import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .masks import THRESHOLD, WHICH
-from .store import Bank
-from .task import Outcome, Task, out_folder, remove_banks
+from .store import Bank, remove
+from .task import Outcome, Task, out_folder
 
 __all__ = ["Loaded", "choose_data", "choose_device", "choose_workers", "load_backbone", "probe"]
 
@@ -37,10 +37,10 @@ SEGMENTATION_SIZE = 224  # shorter side and window, whatever size the backbone w
 
 
 class Together(NamedTuple):
-    """What the probes of one table share: warnings that were said, and the folders of banks, which outlive a row."""
+    """What the probes of one table share: warnings that were said, and what was put on disk, which outlives a row."""
 
     said: set[str]
-    folders: set[Path]
+    made: set[Path]
 
 
 def probe(cfg: Any, together: Together | None = None) -> dict[str, Any]:
@@ -65,13 +65,15 @@ def probe_loaded(
     """The same of a backbone that is in memory. cfg: with its data; started: a `time.monotonic()`."""
     loaded.model.to(device)
     task = Task(cfg, loaded, device, together.said if together else None)
-    outcome = importlib.import_module(f".{cfg.probe.name}", __package__).run(task)
-    result = _result(task, outcome, time.monotonic() - started)
-    path = _write(cfg, result)
-    if together:
-        together.folders.update(task.folders)
-    elif (cfg.get("bank") or {}).get("keep") is False:
-        remove_banks(task.folders)
+    try:
+        outcome = importlib.import_module(f".{cfg.probe.name}", __package__).run(task)
+        result = _result(task, outcome, time.monotonic() - started)
+        path = _write(cfg, result)
+    finally:
+        if together:
+            together.made.update(task.made)
+        elif (cfg.get("bank") or {}).get("keep") is False:
+            remove(task.made)
     if outcome.written:
         outcome.written()
     print(_sentence(result, path), flush=True)

@@ -37,6 +37,8 @@ from .readout import Layout, Want, layout, resolve
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KEEP_FREE = 0.02  # share of the disk that a bank leaves alone
 SAY_EVERY = 15.0  # seconds between lines about the progress
+LOCK = ".lock"
+RETRIES = 3
 
 
 class Place(NamedTuple):
@@ -52,10 +54,10 @@ class Bank:
 
     labels int64 [n] (-1: none). key, content: uint64 hashes [n] of the sample's key and of its image's bytes.
     arrays: by `Want.name`, [n, ...], memory-mapped or not. bad: (id, sentence) of samples left out. shown: bool [n],
-    with masks only. folder: on disk, if it is there.
+    with masks only. made: folders on disk that came into being for this bank.
     """
 
-    folder: Path | None = None
+    made: Sequence[Path] = ()
 
     def __init__(self, columns, arrays, *, bad=(), depth: int = 0, describe: str = "", shown: Tensor | None = None):
         self.ids, self.part, self.key, self.content = (columns[k] for k in ("ids", "part", "key", "content"))
@@ -92,48 +94,96 @@ def _rows(array: np.ndarray, rows: Sequence[int] | None) -> Tensor:
     return torch.from_numpy(out)
 
 
-def stored(
-    model: nn.Module,
-    source: Source,
-    ids: Sequence[int],
-    wants: Sequence[Want],
-    *,
-    cut: Cut,
-    how: How,
-    place: Place,
-) -> Bank:
-    """The bank of samples `ids` with at least these arrays: found, continued or extracted.
+class Plan(NamedTuple):
+    """A bank that is asked for: `names` of the arrays, and in `facts` all that decides them (`identity`)."""
 
-    model: a timm model in eval mode on `how.device` (`readout.plain`). ProbeError in one sentence where it would not
-    fit, where the disk is full, or where too many samples cannot be read.
-    """
+    model: nn.Module
+    source: Source
+    ids: np.ndarray
+    cut: Cut
+    how: How
+    place: Place
+    facts: dict[str, Any]
+    layout: Layout
+    names: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.place.root / f"{self.place.name}-{digest(json.dumps(self.facts).encode())[:16]}"
+
+    def arrays(self, names: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape of a row and type, as they are stored."""
+        return {n: (self.layout.shapes[n], self.how.dtype if n.startswith("patches") else "float32") for n in names}
+
+
+def plan(
+    model: nn.Module, source: Source, ids: Sequence[int], wants: Sequence[Want], *, cut: Cut, how: How, place: Place
+) -> Plan:
+    """What a bank of samples `ids` with at least these arrays would be. model: a timm model in eval mode on
+    `how.device` (`readout.plain`)."""
     if not len(ids):
         raise ProbeError(f"{source.describe}: no sample is left to look at")
     facts = identity(model, source, ids, cut, how)
-    plan = layout(model, wants, cut.size, cut.channels)
-    names = dict.fromkeys(resolve(want, plan.depth).name for want in wants)
-    folder = place.root / f"{place.name}-{digest(json.dumps(facts).encode())[:16]}"
+    found = layout(model, wants, cut.size, cut.channels)
+    names = list(dict.fromkeys(resolve(want, found.depth).name for want in wants))
+    return Plan(model, source, np.asarray(ids), cut, how, place, facts, found, names)
+
+
+def stored(*args, **kwargs) -> Bank:
+    """`plan` and `make` in one."""
+    return make(plan(*args, **kwargs))
+
+
+def make(asked: Plan) -> Bank:
+    """The bank, found, continued or extracted.
+
+    ProbeError in one sentence where it would not fit, where the disk is full, or where too many samples cannot be read.
+    """
+    folder, root = asked.folder, asked.place.root
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = _found(folder, facts, mend=False)
-        if _missing(names, found):
-            with _alone(folder) as alone:
-                found = _found(folder, facts, mend=True)
-                if missing := _missing(names, found):
-                    found.append(_extract(model, source, ids, plan, missing, folder, facts, cut, how, place, alone))
-        else:
-            print(f"features: {len(ids):,} images from {folder}", flush=True)
+        for _ in range(RETRIES):
+            try:
+                return _make(asked, folder)
+            except FileNotFoundError:  # somebody removed their features between our look and our opening them
+                continue
+        return _make(asked, folder)
     except OSError as error:
         if error.errno in FULL:
             raise ProbeError(
-                f"the disk of {place.root} is full: the unfinished bank was removed; free some space, or use "
+                f"the disk of {root} is full: the unfinished bank was removed; free some space, or use "
                 "bank.folder=<another disk>, bank.dtype=float16 or a smaller probe.bank"
             ) from error
-        raise ProbeError(f"the bank of features cannot be kept in {place.root} ({error.strerror}); "
+        raise ProbeError(f"the bank of features cannot be kept in {root} ({error.strerror}); "
                          "use bank.folder=<a folder that can be written>") from error  # fmt: skip
-    bank = _open(found, list(names), plan.depth, source.describe)
-    bank.folder = folder
+
+
+def _make(asked: Plan, folder: Path) -> Bank:
+    folder.mkdir(parents=True, exist_ok=True)
+    found, made = _found(folder, asked.facts, mend=False), []
+    if _missing(asked.names, found):
+        with _alone(folder) as alone:
+            found = _found(folder, asked.facts, mend=True)
+            if missing := _missing(asked.names, found):
+                check_sizes([asked])
+                found.append(_extract(asked, missing, alone))
+                made.append(found[-1][0])
+    else:
+        print(f"features: {len(asked.ids):,} images from {folder}", flush=True)
+    bank = _open(found, asked.names, asked.layout.depth, asked.source.describe)
+    bank.made = made
     return bank
+
+
+def remove(made: Iterable[Path]) -> None:
+    """Take extractions off the disk (`Bank.made`), and their folders where nothing else is left."""
+    for path in made:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError), (path.parent / LOCK).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever works there keeps the folder
+            if [p.name for p in path.parent.iterdir()] == [LOCK]:
+                shutil.rmtree(path.parent)
+        with contextlib.suppress(OSError):  # the root, if it was made for this bank alone
+            path.parent.parent.rmdir()
 
 
 def _open(found: list[tuple[Path, dict]], names: list[str], depth: int, describe: str) -> Bank:
@@ -182,31 +232,29 @@ def _alone(folder: Path) -> Iterator[bool]:
 
     False on file systems without locks: then every process writes under a name of its own, and nothing is continued.
     """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"features: another process is working on {folder}; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
+    with contextlib.ExitStack() as stack:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK).open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"features: another process is working on {folder}; waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                yield False
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                    break  # else who had the lock has removed it with the folder
         yield True
 
 
-def _extract(
-    model, source, ids, plan: Layout, names, folder: Path, facts, cut: Cut, how: How, place: Place, alone: bool
-) -> tuple[Path, dict[str, Any]]:
+def _extract(asked: Plan, names: list[str], alone: bool) -> tuple[Path, dict[str, Any]]:
     """Write the arrays `names`; returns their folder and its bank.json."""
-    title = digest(json.dumps(sorted(names)).encode())[:12]
-    arrays = {name: (plan.shapes[name], how.dtype if name.startswith("patches") else "float32") for name in names}
-    part = Part(folder / f".part-{title}{'' if alone else f'-{os.getpid()}'}", arrays, len(ids))
-    try:
-        check_size(arrays, len(ids), count_crops(source, ids, cut), part.bytes_written, place)
-    except ProbeError:
-        if not part.done:  # what another limit allowed to begin is worth keeping
-            part.remove()
-        raise
+    source, ids, folder = asked.source, asked.ids, asked.folder
+    title = _title(names)
+    part = Part(folder / f".part-{title}{'' if alone else f'-{os.getpid()}'}", asked.arrays(names), len(ids))
     if part.done:
         print(f"features: continuing at {part.done:,} of {len(ids):,} images", flush=True)
     began = said = time.monotonic()
@@ -214,7 +262,7 @@ def _extract(
     limit = max(8, len(ids) // 100)
     try:
         wants = [Want(*_parse(name)) for name in names]
-        for batch in encode_samples(model, source, np.asarray(ids)[start:], wants, cut, how):
+        for batch in encode_samples(asked.model, source, ids[start:], wants, asked.cut, asked.how):
             part.append(batch.columns, batch.arrays, batch.samples, batch.bad)
             if len(part.bad) > limit:
                 raise ProbeError(f"{len(part.bad)} of the first {part.done} samples are unusable (limit {limit}), "
@@ -225,7 +273,7 @@ def _extract(
                 print(f"features: {part.done:,} of {len(ids):,} images, {rate:,.0f} per second", flush=True)
         if not part.rows:
             raise ProbeError(f"no sample of {source.describe} could be read, e.g. {part.bad[0][1]}")
-        made = {"identity": facts, "model": place.name, "data": source.describe, "samples": len(ids),
+        made = {"identity": asked.facts, "model": asked.place.name, "data": source.describe, "samples": len(ids),
                 "made": datetime.datetime.now().isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - began, 2)}  # fmt: skip
         return part.finish(folder / title, made)
@@ -235,32 +283,64 @@ def _extract(
         raise
 
 
+def _title(names: Iterable[str]) -> str:
+    """Folder name of an extraction of these arrays."""
+    return digest(json.dumps(sorted(names)).encode())[:12]
+
+
 def _parse(name: str) -> tuple[str, int | None, bool]:
     """The `Want` of an array's name."""
     kind, *rest = name.split("-")
     return (kind, int(rest[0]), rest[1] == "norm") if rest else (kind, None, True)
 
 
-def check_size(arrays: dict[str, tuple[tuple[int, ...], str]], samples: int, crops: float, have: int, place: Place):
-    """ProbeError, with what would fit, where a bank is larger than `place.max_gb` or than the disk has room for."""
-    per = {n: crops * int(np.prod(shape)) * np.dtype(dtype).itemsize for n, (shape, dtype) in arrays.items()}
-    need = samples * sum(per.values())
-    usage = shutil.disk_usage(place.root)
-    room = usage.free - KEEP_FREE * usage.total + have
-    allowed = min(place.max_gb * 1e9, room)
-    if need <= allowed:
-        return
-    patches = [n for n in per if n.startswith("patches")]
+class Need(NamedTuple):
+    """Bytes of what a plan still has to write: by array, in all, and what of it is already there, unfinished."""
+
+    per: dict[str, float]
+    whole: float
+    have: int
+
+
+def need(asked: Plan) -> Need:
+    """What is missing of a bank."""
+    found = _found(asked.folder, asked.facts, mend=False) if asked.folder.is_dir() else []
+    arrays = asked.arrays(missing := _missing(asked.names, found))
+    rows = len(asked.ids) * count_crops(asked.source, asked.ids, asked.cut) if missing else 0
+    per = {n: rows * int(np.prod(shape)) * np.dtype(dtype).itemsize for n, (shape, dtype) in arrays.items()}
+    part = asked.folder / f".part-{_title(missing)}"
+    return Need(per, sum(per.values()), sum(p.stat().st_size for p in part.glob("*.npy")))
+
+
+def check_sizes(plans: Sequence[Plan]) -> None:
+    """ProbeError, with what would fit, where one bank is larger than `place.max_gb`, or where all together are larger
+    than the disk has room for. Looked at before the first is begun."""
+    needs = [need(asked) for asked in plans]
+    for asked, one in zip(plans, needs):
+        if one.whole > (limit := asked.place.max_gb * 1e9):
+            why = f"a bank of {len(asked.ids):,} images takes {_gb(one.whole)}, and bank.max_gb={asked.place.max_gb:g} "
+            raise ProbeError(f"{why}allows {_gb(limit)}: {_choices(asked, [one], len(asked.ids), limit)}")
+    root = next(p for p in (plans[0].place.root, *plans[0].place.root.absolute().parents) if p.exists())
+    usage, whole = shutil.disk_usage(root), sum(one.whole for one in needs)
+    room = max(0, usage.free - KEEP_FREE * usage.total + sum(one.have for one in needs))
+    if whole > room:
+        images = sum(len(asked.ids) for asked, one in zip(plans, needs) if one.whole)
+        raise ProbeError(f"a bank of {images:,} images takes {_gb(whole)}, and {plans[0].place.root} has room for "
+                         f"{_gb(room)}: {_choices(plans[0], needs, images, room)}")  # fmt: skip
+
+
+def _choices(asked: Plan, needs: Sequence[Need], images: int, allowed: float) -> str:
+    """What would make it fit."""
+    whole, patches = sum(n.whole for n in needs), {k for n in needs for k in n.per if k.startswith("patches")}
     choices = []
-    if any(arrays[n][1] == "float32" for n in patches):
-        half = need - samples * sum(per[n] / 2 for n in patches if arrays[n][1] == "float32")
+    if patches and asked.how.dtype == "float32":
+        half = whole - sum(size / 2 for n in needs for k, size in n.per.items() if k in patches)
         choices.append(f"bank.dtype=float16 would take {_gb(half)}")
     if len(patches) > 1:
-        choices.append(f"one layer instead of {len(patches)} {_gb(need / len(patches))}")
-    choices.append(f"probe.bank={max(1, int(allowed / need * samples)):,} images would fit".replace(",", ""))
-    why = f"bank.max_gb={place.max_gb:g} allows" if place.max_gb * 1e9 <= room else f"{place.root} has room for"
-    raise ProbeError(f"a bank of {samples:,} images takes {_gb(need)}, and {why} {_gb(max(allowed, 0))}: "
-                     f"{', '.join(choices)}")  # fmt: skip
+        choices.append(f"one layer instead of {len(patches)} {_gb(whole / len(patches))}")
+    fits = max(1, int(allowed / whole * images))
+    choices.append(f"{fits} images would fit (probe.bank for the training split, probe.test for the test split)")
+    return ", ".join(choices)
 
 
 def _gb(size: float) -> str:

@@ -26,7 +26,8 @@ from ..config import ConfigError
 from . import ProbeError
 from .load import choose_data, choose_device, load_backbone
 from .run import Together, probe
-from .task import Task, remove_banks
+from .store import remove
+from .task import Task
 
 COLOURS = ("#486cd6", "#d64e80", "#2a9d6f", "#ec8e2c", "#9654c8", "#777777")
 STYLE_ATTRIBUTES = 'style="background:white" font-family="sans-serif" font-size="11"'
@@ -74,7 +75,7 @@ def table(cfg: Any) -> int:
             found.append(_one(row, name, checkpoint, out / name / row.name, together))
             _write(out, found, facts)  # after every row, so that what is there survives an interruption
         if not cfg.bank.keep:
-            remove_banks(together.folders)
+            remove(together.made)
     print(f"\n{markdown(found, facts)}\n{out}/table.md, table.json", flush=True)
     return int(any(f.failed for f in found))
 
@@ -89,7 +90,7 @@ def build_rows(cfg: Any) -> list[Row]:
         kind = ["probe=attentive", f"probe.pooling={name}"] if name in POOLINGS else [f"probe={name}"]
         words = ["checkpoint=-", *kind]
         own = config.load("probe", words).probe
-        words += [f"probe.{key}={cfg[given]}" for given, key in (("seeds", "seeds"), ("images", "bank"))
+        words += [f"probe.{key}={cfg[given]}" for given, key in (("seeds", "seeds"), ("images", "bank"), ("test_images", "test"))
                   if cfg[given] is not None and key in own]  # fmt: skip
         if name == "segmentation":
             words += _masks(cfg)
@@ -161,7 +162,7 @@ def _extract(rows: list[Row], checkpoint: str, together: Together) -> float | No
     except ProbeError as error:  # one row asks for what this backbone has not, or all together are too much
         print(f"features are extracted row by row: {error}", flush=True)
         return None
-    together.folders.update(task.folders)
+    together.made.update(task.made)
     return round(time.monotonic() - began, 2)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ from .load import Loaded, choose_workers
 from .masks import need_objects
 from .passes import look_over
 from .readout import Want, layout, plain
-from .store import Bank, Place, stored
+from .store import Bank, Place, check_sizes, make, plan
 
 TEST_SHARE = 0.2  # of train, where there is no validation split
 MANY_CLASSES = 1000  # a head of more classes than this needs at least a training sample per ten of them
@@ -48,14 +46,6 @@ class Splits(NamedTuple):
     words: str
 
 
-def remove_banks(folders: Iterable[Path]) -> None:
-    """Take banks off the disk, and their place if nothing else is in it."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
-
-
 class Task:
     """One run of one probe.
 
@@ -71,7 +61,7 @@ class Task:
         self.classes = 0
         self.train: Bank | None = None
         self.test: Bank | None = None
-        self.folders: set[Path] = set()  # of banks on disk that were used
+        self.made: set[Path] = set()  # what was put on disk for this probe
         self.said: set[str] = set() if said is None else said  # warnings that the user has seen
 
     def warn(self, sentence: str) -> None:
@@ -144,9 +134,13 @@ class Task:
         name = str(loaded.facts["backbone"]).replace("/", "-")
         place = Place(root, bank.get("max_gb") or Place._field_defaults["max_gb"], name)
         with frozen(plain(loaded.model, cut.size)) as model:
-            banks = tuple(stored(model, *split, wants, cut=cut, how=how, place=place) for split in self.splits[:2])
-        self.folders |= {bank.folder for bank in banks}
-        return banks
+            plans = [plan(model, *split, wants, cut=cut, how=how, place=place) for split in self.splits[:2]]
+            check_sizes(plans)
+            banks = []
+            for asked in plans:
+                banks.append(make(asked))
+                self.made.update(banks[-1].made)
+        return tuple(banks)
 
     def _masked(self, masks: str) -> tuple[Bank, ...]:
         loaded, cfg = self.loaded, self.cfg
@@ -216,11 +210,20 @@ def open_splits(cfg: Any, image_size: int) -> Splits:
         raise ProbeError(f"data={data.name} has no training images to build a bank from")
     ids = np.arange(len(train))
     if val is not None and len(val):
-        return Splits((train, subset(len(train), cfg.probe.bank)), (val, np.arange(len(val))), "the validation split")
+        test, words = _part_of(np.arange(len(val)), cfg.probe.test, "the validation split")
+        return Splits((train, subset(len(train), cfg.probe.bank)), (val, test), words)
     in_test = uniform(key_of(0, ids), "probe/test", 1)[:, 0] < TEST_SHARE
     bank = ids[~in_test]
     words = f"a held-out fifth of the training split ({in_test.sum():,} images), as there is no validation split"
-    return Splits((train, bank[subset(len(bank), cfg.probe.bank)]), (train, ids[in_test]), words)
+    test, words = _part_of(ids[in_test], cfg.probe.test, words)
+    return Splits((train, bank[subset(len(bank), cfg.probe.bank)]), (train, test), words)
+
+
+def _part_of(ids: np.ndarray, count: int | None, words: str) -> tuple[np.ndarray, str]:
+    """A fixed part of a split if `probe.test` asks for one, and the words for it."""
+    if count is None or count >= len(ids):
+        return ids, words
+    return ids[subset(len(ids), count)], f"a fixed part of {count:,} of the {len(ids):,} images of {words}"
 
 
 def need_labels(source: Source, bank: Bank, name: str) -> None:
