@@ -49,6 +49,8 @@ def test_a_run_is_probed_on_its_own_data_unless_told_otherwise(run, capsys):
 
 def test_the_best_checkpoint_is_probed_and_written_beside_the_last(run):
     result = probe(settings(run, "step=best"))
+    assert "the checkpoint chosen by k-NN on the validation images of its run" in result["protocol"]
+    assert any("best k-NN on the run's own validation images" in warning for warning in result["warnings"])
     assert result["step"] == 3
     assert json.loads((run / "probes" / "best" / "knn.json").read_text())["step"] == 3
 
@@ -87,10 +89,10 @@ def test_the_number_of_workers_is_taken_as_given(run, monkeypatch, words, worker
     class Seen(Exception):
         pass
 
-    def stored(*_, how, **__):
+    def plan(*_, how, **__):
         raise Seen(how.workers)
 
-    monkeypatch.setattr(task, "stored", stored)
+    monkeypatch.setattr(task, "plan", plan)
     with pytest.raises(Seen, match=f"^{workers}$"):
         probe(settings(run, *words))
 

@@ -66,7 +66,7 @@ def test_several_k_are_listed_and_one_is_chosen_on_training_images(run, data):
     assert len(result["grid"]) == 6
     best = max(result["grid"], key=lambda row: row["select_top1"])
     assert (result["k"], result["temperature"], result["top1"]) == (best["k"], best["temperature"], best["top1"])
-    assert "chosen among 6 on a held-out tenth of the training images" in result["protocol"]
+    assert "k of [1, 5, 9] and T of [0.07, 0.2] chosen on a held-out tenth of the training images" in result["protocol"]
 
 
 def test_dinos_protocol_by_name(run, tmp_path):
@@ -334,3 +334,29 @@ def test_features_are_kept_or_not_and_what_was_there_stays(run, data, tmp_path):
     assert kept and sorted((tmp_path / "banks").rglob("*.npy")) == kept
     run("knn", data["train"], data["val"], "bank.keep=false")
     assert sorted((tmp_path / "banks").rglob("*.npy")) == kept
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_backbone_runs(run, data, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ProbeError, match=r"taken cannot hold the result \(.*\); use out="):
+        run("knn", data["train"], data["val"], f"out={tmp_path / 'taken'}")
+    assert not (tmp_path / "banks").exists()
+
+
+def test_one_seed_shows_no_spread(run, data, capsys):
+    result = run("linear", data["train"], data["val"], "probe.epochs=1", "probe.lrs=[0.1]", "probe.seeds=1")
+    assert result["top1_std"] is None and "over 1 seeds" not in capsys.readouterr().out
+
+
+def test_poolings_write_files_of_their_own(run, data, tmp_path):
+    for pooling in ("gap", "simpool"):
+        short = ("probe.epochs=1", "probe.warmup_epochs=0", "probe.batch_size=32", "probe.seeds=1")
+        run("attentive", data["train"], data["val"], f"probe.pooling={pooling}", *short)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["attentive-gap.json", "attentive-simpool.json"]
+
+
+def test_the_error_of_rotations_is_that_of_images():
+    from selfsight.probes.rotation import _error
+
+    hits, ids = torch.tensor([True, True, True, True, False, False, False, False]), np.repeat([0, 1], 4)
+    assert _error(hits, ids) == pytest.approx(100 * 0.5 / 2**0.5)  # two images that agree with themselves

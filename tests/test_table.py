@@ -47,7 +47,7 @@ def test_rows_are_what_their_probes_give_and_the_backbone_runs_once(pair, tmp_pa
     ]
     alone = probes.probe(config.load("probe", [f"checkpoint={pair / 'seed1'}", f"out={tmp_path}", *SMALL[:-1]]))
     assert rows[4]["result"]["top1"] == alone["top1"]
-    written = json.loads((tmp_path / "t" / "seed1" / "ep" / "attentive.json").read_text())
+    written = json.loads((tmp_path / "t" / "seed1" / "ep" / "attentive-ep.json").read_text())
     assert written["top1"] == rows[6]["result"]["top1"] and written["settings"]["probe"]["epochs"] == 1
     text = (tmp_path / "t" / "table.md").read_text()
     assert f"{alone['top1']:.2f} ({alone['standard_error']:.2f})" in text

@@ -22,7 +22,7 @@ from . import ProbeError
 from .heads import ProbeHead, Stack, build_head
 from .optimizers import LR_BATCH, build_optimizer
 from .readout import Want
-from .select import held_out
+from .select import held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -334,12 +334,8 @@ def _choose(
     heads = [group.stack.head(i) for i, s in enumerate(group.settings) if key(s._asdict()) == best]
     top1, top5 = accuracy(Stack(heads).to(device), test, labels, torch.arange(len(test)), device)
     on_select = by_setting[best]
-    return Chosen(layer, *best, statistics.fmean(on_select), _spread(on_select), statistics.fmean(top1), _spread(top1),
+    return Chosen(layer, *best, statistics.fmean(on_select), spread(on_select), statistics.fmean(top1), spread(top1),
                   top1, statistics.fmean(top5), heads)  # fmt: skip
-
-
-def _spread(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _check(train, train_labels: Tensor, test, test_labels: Tensor, select: np.ndarray) -> None:
@@ -434,5 +430,6 @@ def _words(task: Task, names: list[str], heads: int) -> str:
         f"{', '.join(names)} ({norm} the final norm) of un-augmented images: {heads} heads (layer x queries x learning "
         f"rate x weight decay x seed) trained side by side with {p.optimizer}, {p.epochs} epochs, {p.warmup_epochs:g} "
         f"of warm-up, cosine to zero, batch {p.batch_size:,} at most; layer and setting were chosen on a held-out "
-        "tenth of the training images by the mean over seeds, and scored once on the test split."
+        "tenth of the training images by the mean over seeds, and scored once on the test split. A seed decides how a "
+        "head starts; all see the same batches."
     )

@@ -242,14 +242,14 @@ def _words(task: Task, choice: Choice, numbers: dict[str, Any], size: str) -> st
     one = f"rate {choice.lr:g} per 256 images, layer decay {choice.layer_decay:g} ({p.grouping})"
     chosen = f"{one}, nothing chosen"
     if choice.grid:
-        chosen = (f"{one}, the best of {len(choice.grid)} settings on a held-out tenth of the training images and then "
-                  "trained on all of them")  # fmt: skip
+        chosen = (f"rate of {list(p.lrs)} per 256 images and layer decay of {list(p.layer_decays)} ({p.grouping}) "
+                  "chosen on a held-out tenth of the training images, then trained on all of them")  # fmt: skip
     return (
         f"{after}Fine-tuning of {_trained(task)} and a fresh linear head (deviation {HEAD_STD:g}) on {pool}: AdamW, "
         f"{chosen}, weight decay {p.weight_decay:g} (none for 1-D tensors, tokens, positions), {p.epochs} epochs, "
         f"batch {numbers['batch']:,}, {p.warmup_epochs:g} epochs of warm-up, cosine per step to {p.min_lr:g}, drop "
         f"path {numbers['drop_path']:g}; {_augmented(p)}{_also(p)}; the last epoch is scored on the test split; mean "
-        f"over {len(task.seeds)} seeds."
+        f"over {len(task.seeds)} seeds (start of the head, order, augmentation)."
     )
 
 

@@ -23,7 +23,8 @@ from .select import held_out
 if TYPE_CHECKING:
     from .task import Outcome, Task
 
-CHUNK = 4096  # queries per matrix product: bounds memory at CHUNK x bank similarities
+CHUNK = 4096  # queries per matrix product, at most
+SIMILARITIES = 1 << 27  # held at once: half a gigabyte
 
 
 class KNN(NamedTuple):
@@ -46,8 +47,9 @@ def vote(similarity: Tensor, labels: Tensor, temp: float, num_classes: int) -> T
     return similarity.new_zeros(len(similarity), num_classes).scatter_add_(1, labels, weight)
 
 
-def neighbours(bank: Tensor, queries: Tensor, k: int, chunk: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
+def neighbours(bank: Tensor, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Similarities and bank rows of the k nearest, [q, k] each, one chunk of queries at a time (unit-length inputs)."""
+    chunk = max(1, min(CHUNK, SIMILARITIES // len(bank)))
     for part in queries.split(chunk):
         yield (part @ bank.T).topk(k, dim=1)
 
@@ -121,7 +123,7 @@ def run(task: Task) -> Outcome:
     bank, labels, queries = train.vectors().to(task.device), train.labels.to(task.device), test.vectors()
     options = {"ks": ks, "temps": temps, "center": center, "num_classes": task.classes}
     found = knn(bank, labels, queries.to(task.device), test.labels.to(task.device), **options)
-    best, chosen = (ks[0], temps[0]), ""
+    best, setting = (ks[0], temps[0]), f"Weighted {ks[0]}-nearest-neighbour vote (T = {temps[0]})"
     rows = [{"k": k, "temperature": t, "top1": found[k, t].top1, "top5": found[k, t].top5} for k, t in found]
     if len(found) > 1:
         held = torch.from_numpy(held_out(train.ids))
@@ -130,10 +132,10 @@ def run(task: Task) -> Outcome:
                              f"are too few for k={max(ks)}; give one k and one temperature")  # fmt: skip
         tried = knn(bank[~held], labels[~held], bank[held], labels[held], **options)
         best = max(tried, key=lambda pair: tried[pair].top1)
-        chosen = f", chosen among {len(found)} on a held-out tenth of the training images"
+        setting = (f"Weighted k-nearest-neighbour vote (k of {list(ks)} and T of {list(temps)} chosen on a held-out "
+                   "tenth of the training images)")  # fmt: skip
         rows = [row | {"select_top1": tried[row["k"], row["temperature"]].top1} for row in rows]
     centred = "centred by the bank's mean, " if center else ""
-    words = (f"Weighted {best[0]}-nearest-neighbour vote (T = {best[1]}{chosen}) on pooled features, {centred}cosine "
-             "similarity, float32.")  # fmt: skip
+    words = f"{setting} on pooled features, {centred}cosine similarity, float32."
     numbers = {"top1": found[best].top1, "top5": found[best].top5, "k": best[0], "temperature": best[1], "grid": rows}
     return Outcome(numbers, words)

@@ -59,7 +59,8 @@ def run(task: Task) -> Outcome:
             top1 = [accuracy for accuracy, _ in found]
             rows.append({"size": word, "classifier": kind, "samples": len(draws[0]), "top1": float(np.mean(top1)),
                          "top1_std": spread(top1), "top1_seeds": top1, "setting": [s for _, s in found]})  # fmt: skip
-            print(f"lowshot {word}, {kind}: {rows[-1]['top1']:.2f} % ± {rows[-1]['top1_std']:.2f}", flush=True)
+            error = "" if len(top1) == 1 else f" ± {spread(top1):.2f}"
+            print(f"lowshot {word}, {kind}: {rows[-1]['top1']:.2f} %{error}", flush=True)
     head = [row for row in rows if row["classifier"] == p.classifiers[0]][-1]
     numbers = {k: head[k] for k in ("top1", "top1_std", "top1_seeds")} | {"top1_is": f"{head['classifier']}, "
                f"{head['size']}", "rows": rows}  # fmt: skip

@@ -6,10 +6,13 @@ degrees. Meaningless where training itself turned images, and where there is no 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from .. import config
 from . import ProbeError
@@ -35,16 +38,25 @@ def run(task: Task) -> Outcome:
     turns, asked = (torch.from_numpy(bank.part.copy()) for bank in (train, test))
     fitted = fit(x, turns, ROTATIONS, how, select=select, seeds=task.seeds, device=task.device)
     found = score(fitted, how, test.vectors(), asked)
-    numbers = {"top1": found.top1, "top1_std": found.top1_std, "top1_seeds": found.top1_seeds,
-               "select_top1": found.select_top1, "lr": found.lr, "chance": 100 / ROTATIONS,
-               "grid": found.grid}  # fmt: skip
+    numbers = {
+        "top1": found.top1, "top1_std": found.top1_std, "top1_seeds": found.top1_seeds,
+        "standard_error": _error(found.predictions == asked, test.ids), "select_top1": found.select_top1,
+        "lr": found.lr, "chance": 100 / ROTATIONS, "grid": found.grid,
+    }  # fmt: skip
     words = (
         "Rotation (label-free proxy, 25 % is chance): one linear layer on frozen pooled features, standardised per "
         f"dimension, tells by how much each image was turned (0, 90, 180, 270 degrees); SGD, momentum 0.9, {p.epochs} "
         f"epochs, {len(p.lrs)} learning rates, chosen on a held-out tenth of the training images; mean over "
-        f"{len(task.seeds)} seeds. Compare runs of one architecture on one data set only."
+        f"{len(task.seeds)} seeds (start and order). Compare runs of one architecture on one data set only."
     )
     return Outcome(numbers, words, fitted.weight[0, 0].numel() + ROTATIONS)
+
+
+def _error(hits: Tensor, ids: np.ndarray) -> float:
+    """Standard error in percent. The turns of an image are no independent draws: images are, by their share of hits."""
+    _, image = np.unique(ids, return_inverse=True)
+    shares = np.bincount(image, hits.numpy()) / np.bincount(image)
+    return float(100 * shares.std() / math.sqrt(len(shares)))
 
 
 def _refuse_turned(task: Task) -> None:

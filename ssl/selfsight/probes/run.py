@@ -12,6 +12,7 @@ every choice is made on held-out training images. probe=finetune trains the back
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -46,6 +47,7 @@ class Together(NamedTuple):
 def probe(cfg: Any, together: Together | None = None) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
+    _try_out(cfg)
     if cfg.probe.name != "finetune" and cfg.adapt.name != "none":
         raise ProbeError(f"adapt={cfg.adapt.name} is for probe=finetune; probe={cfg.probe.name} leaves the backbone as "
                          "it is")  # fmt: skip
@@ -65,6 +67,9 @@ def probe_loaded(
     """The same of a backbone that is in memory. cfg: with its data; started: a `time.monotonic()`."""
     loaded.model.to(device)
     task = Task(cfg, loaded, device, together.said if together else None)
+    if cfg.step == "best":
+        task.warn("step=best is the checkpoint with the best k-NN on the run's own validation images: measured on the "
+                  "same images this number is too good; step=last chooses nothing")  # fmt: skip
     try:
         outcome = importlib.import_module(f".{cfg.probe.name}", __package__).run(task)
         result = _result(task, outcome, time.monotonic() - started)
@@ -129,6 +134,8 @@ def _objects(masks: str, bank: Bank, queries: Bank) -> tuple[dict[str, Any], str
 def _seen(task: Task) -> str:
     """How images were seen; segmentation says it itself."""
     size, share, split = task.loaded.image_size, task.loaded.crop_pct, task.splits.words
+    if task.cfg.step == "best":
+        split += ", and the checkpoint chosen by k-NN on the validation images of its run"
     if task.cfg.probe.name == "segmentation":
         return f"Backbone in eval mode; tested on {split}."
     square = f"images {size} px, centre square of {share:.3g} of the shorter side"
@@ -136,14 +143,41 @@ def _seen(task: Task) -> str:
     return f"{mode}; {square}; tested on {split}."
 
 
-def _write(cfg: Any, result: dict[str, Any]) -> Path:
-    """`<out>/<probe>.json`, complete or not at all."""
-    folder = out_folder(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{cfg.probe.name}.json"
+def result_path(cfg: Any) -> Path:
+    """Where the JSON of a probe goes: `<out>/<probe>.json`, of heads with a pooling `<out>/<probe>-<pooling>.json`."""
+    pooling = cfg.probe.get("pooling")
+    return out_folder(cfg) / f"{cfg.probe.name}{f'-{pooling}' if pooling else ''}.json"
+
+
+def _try_out(cfg: Any) -> None:
+    """ProbeError where the result could not be written: said now, not after the work."""
+    path = result_path(cfg)
     tmp = path.with_name(f".{path.name}-{os.getpid()}")
-    tmp.write_text(json.dumps(result, indent=1) + "\n")
-    tmp.replace(path)
+    new = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.touch()
+        tmp.unlink()
+        for folder in new:  # a probe that fails leaves nothing behind
+            folder.rmdir()
+    except OSError as error:
+        raise ProbeError(f"{path.parent} cannot hold the result ({error.strerror}); use out=<a folder that can be "
+                         "written>") from error  # fmt: skip
+
+
+def _write(cfg: Any, result: dict[str, Any]) -> Path:
+    """`result_path`, complete or not at all."""
+    path = result_path(cfg)
+    tmp = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.write_text(json.dumps(result, indent=1) + "\n")
+        tmp.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        raise ProbeError(f"{path} cannot be written ({error.strerror}); free some space or use out=<another folder>, "
+                         f"the number was: {_sentence(result, path)}") from error  # fmt: skip
     return path
 
 
@@ -152,7 +186,8 @@ def _sentence(result: dict[str, Any], path: Path) -> str:
     if "masked" in result:
         bad += f", {sum(result['without_object'].values()):,} images without an object"
     name = "miou" if "miou" in result else "top1"
-    spread = f", ± {result[f'{name}_std']:.2f} over {len(result['seeds'])} seeds" if f"{name}_std" in result else ""
+    std = result.get(f"{name}_std")
+    spread = "" if std is None else f", ± {std:.2f} over {len(result['seeds'])} seeds"
     top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
     word = {"miou": "mIoU", "top1": "top-1"}[name]
     number = f"{word} {result[name]:.2f} % (± {result['standard_error']:.2f}{spread}){top5}"

@@ -277,6 +277,6 @@ def _words(task: Task, size: int) -> str:
         f"Segmentation by one linear layer on frozen patch tokens of {layer}{norm}, {seen}, logits enlarged "
         f"bilinearly to the original masks; mIoU over the test split's pixels without id {p.ignore}, mean over the "
         f"classes that occur or are predicted. AdamW, {p.epochs} epochs, {len(p.lrs)} learning rates, chosen by mIoU "
-        f"on a held-out tenth of the training images; no augmentation; mean over {len(task.seeds)} seeds, standard "
-        "error by bootstrap over the test images."
+        f"on a held-out tenth of the training images; no augmentation; mean over {len(task.seeds)} seeds (start and "
+        "order), standard error by bootstrap over the test images."
     )

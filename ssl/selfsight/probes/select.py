@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..data.rng import key_of, uniform
@@ -20,6 +22,6 @@ def held_out(ids: np.ndarray, share: float = SELECT_SHARE) -> np.ndarray:
     return drawn < share if (each < share).sum() > wanted / 2 else drawn <= each[max(wanted - 1, 0)]
 
 
-def spread(values: list[float]) -> float:
-    """Sample standard deviation over seeds; 0 for one seed, which shows none."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation over seeds; None for one seed, which shows none."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -18,11 +18,14 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from omegaconf import OmegaConf
 
 from .. import config
 from ..analysis.charts import Curve, plot
+from ..backbones.tokens import BackboneError
 from ..config import ConfigError
+from ..data.source import DataError
 from . import ProbeError
 from .load import choose_data, choose_device, load_backbone
 from .run import Together, probe
@@ -32,6 +35,7 @@ from .task import Task
 COLOURS = ("#486cd6", "#d64e80", "#2a9d6f", "#ec8e2c", "#9654c8", "#777777")
 STYLE_ATTRIBUTES = 'style="background:white" font-family="sans-serif" font-size="11"'
 STYLE = ".line{fill:none;stroke-width:2}.rule{stroke:#ddd}"
+FAILURES = (ProbeError, DataError, BackboneError)  # of one row; the others may still have their numbers
 SHARED = ("step", "which", "image_size", "batch_size", "num_workers", "seed", "device", "bank")
 
 
@@ -90,8 +94,8 @@ def build_rows(cfg: Any) -> list[Row]:
         kind = ["probe=attentive", f"probe.pooling={name}"] if name in POOLINGS else [f"probe={name}"]
         words = ["checkpoint=-", *kind]
         own = config.load("probe", words).probe
-        words += [f"probe.{key}={cfg[given]}" for given, key in (("seeds", "seeds"), ("images", "bank"), ("test_images", "test"))
-                  if cfg[given] is not None and key in own]  # fmt: skip
+        for given, key in (("seeds", "seeds"), ("images", "bank"), ("test_images", "test")):
+            words += [f"probe.{key}={cfg[given]}"] if cfg[given] is not None and key in own else []
         if name == "segmentation":
             words += _masks(cfg)
         words += [f"probe.{key}={value}" for key, value in changes.get(name, {}).items()]
@@ -159,7 +163,7 @@ def _extract(rows: list[Row], checkpoint: str, together: Together) -> float | No
     try:
         task = _task(modules[0][0], checkpoint, together)
         task.store(dict.fromkeys(w for row, module in modules for w in module.wants(task, row.cfg.probe)))
-    except ProbeError as error:  # one row asks for what this backbone has not, or all together are too much
+    except FAILURES as error:  # one row asks for what this backbone has not, or all together are too much
         print(f"features are extracted row by row: {error}", flush=True)
         return None
     together.made.update(task.made)
@@ -180,9 +184,14 @@ def _one(row: Row, name: str, checkpoint: str, out: Path, together: Together) ->
     cfg = OmegaConf.merge(row.cfg, {"checkpoint": checkpoint, "out": str(out)})
     try:
         return Found(row.name, name, probe(cfg, together))
-    except ProbeError as error:
+    except FAILURES as error:
         print(f"no number: {error}", flush=True)
         return Found(row.name, name, None, str(error))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        why = "out of GPU memory: lower batch_size, or set probe.batch_size or probe.max_batch of the row"
+        print(f"no number: {why}", flush=True)
+        return Found(row.name, name, None, why)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

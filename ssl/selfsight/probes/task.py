@@ -153,9 +153,9 @@ class Task:
         out = []
         for source, ids in self.splits[:2]:
             found = extract(loaded.model, source, ids, **options)
-            none = np.zeros(0, np.uint64)
-            columns = {"ids": found.ids, "part": np.zeros(len(found.ids), np.int64), "labels": found.labels.numpy(),
-                       "key": none, "content": none}  # fmt: skip
+            columns, gone = look_over(source, found.ids, options["workers"])
+            if gone:
+                raise ProbeError(f"a sample could be read only once: {gone[0][1]}")
             arrays = {"pooled": found.pooled.numpy()}
             out.append(Bank(columns, arrays, bad=found.bad, describe=source.describe, shown=found.shown))
         return tuple(out)
