@@ -14,6 +14,7 @@ from selfsight.backbones.tokens import Needs
 from selfsight.data import open_source
 from selfsight.data.loader import Samples
 from selfsight.data.order import Order
+from selfsight.interop.initialise import initialise
 from selfsight.interop.load import open_weights
 from selfsight.interop.safe import WeightsError
 from selfsight.objectives import NAMES, build_objective
@@ -141,18 +142,34 @@ def test_a_probe_sees_the_adapted_features(run, tmp_path):
 
 def test_what_a_run_has_learnt_in_adapters_is_never_left_behind_in_silence(run):
     words, folder = run
-    if "adapt=lora" in words:
-        with pytest.raises(WeightsError, match=r"its export has both merged: init_from=.*/export$"):
-            open_weights(str(folder))
+    weights = open_weights(str(folder))
+    other = "adaptformer" if "adapt=uniadapter" in words else "lora"
+    way = (
+        r"its export has both merged: init_from=.*/export, or go on" if other == "lora" else r"cannot be merged: go on"
+    )
+    for adapt in (("adapt=none",), (f"adapt={other}", "adapt.rank=3")):
+        _, objective = objective_of("objective=dino", "backbone=vit_nano", *adapt)
+        with pytest.raises(WeightsError, match=rf"{way} with them by adapt=(lora|uniadapter) adapt\.rank=\d+ "):
+            initialise(objective, weights)
+    if other == "lora":
         merged = open_weights(f"{folder}/export").chosen.backbone
         tensors, _ = checkpoint.load(checkpoint.newest(folder / "checkpoints"))
         assert not torch.equal(merged["blocks.0.attn.qkv.weight"],
                                tensors["student.backbone.timm.blocks.0.attn.qkv.weight"])  # fmt: skip
         return
-    with pytest.raises(WeightsError, match=r"adapt=uniadapter .* cannot be merged: begin with the weights that were"):
-        open_weights(str(folder))
     with pytest.raises(WeightsError, match=r"an adapter beside it \(adapter\.json\)"):
         open_weights(f"{folder}/export")
+
+
+def test_a_run_goes_on_from_the_adapters_of_another(run, tmp_path):
+    """The same adapt= takes frozen weights and adapters: at step 0 the features are those of the run before."""
+    words, folder = run
+    start = (*words[:3], "max_steps=1", "optim.lr=1e-12", f"init_from={folder}", "knn.every_n_steps=0", "seed=5")
+    runs.run_here(tmp_path / "next", *start)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = (encode(load_backbone(str(f), "student").model, x)[0] for f in (folder, tmp_path / "next"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["uniadapter", "apla"])

@@ -6,11 +6,13 @@ all. Where they are, student and teacher each start from their own network in th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..backbones.adapters import MERGES
 from ..backbones.tokens import Backbone
 from ..nn.targets import Center
 from .fit import Fitted, fit_backbone, put
@@ -59,7 +61,10 @@ def _parts(net: nn.Module) -> tuple[Backbone, dict[str, nn.Module]]:
 
 
 def fit_network(net: Network, backbone: Backbone, weights: Weights) -> Fitted:
-    """A network's backbone for ours; WeightsError also where the heads are known to be others, as shapes do not say."""
+    """A network's backbone for ours; WeightsError also where the heads are known to be others, as shapes do not say,
+    and where adapters of the file would be left behind."""
+    if weights.adapt and (backbone.adapters is None or backbone.adapters.settings != weights.adapt):
+        raise WeightsError(_adapted(weights))
     fitted = fit_backbone(net.backbone, backbone, source=weights.what)
     if weights.num_heads and backbone.num_heads not in (None, weights.num_heads):
         raise WeightsError(
@@ -67,6 +72,19 @@ def fit_network(net: Network, backbone: Backbone, weights: Weights) -> Fitted:
             f"backbone.num_heads={weights.num_heads}"
         )
     return fitted
+
+
+def _adapted(weights: Weights) -> str:
+    """Why adapters are not taken: they lie apart from the weights, and this backbone has none or others."""
+    same = " ".join(f"adapt={v}" if k == "name" else f"adapt.{k}={_word(v)}" for k, v in weights.adapt.items())
+    words = f"{weights.what} keeps what adapt={weights.adapt['name']} has learnt apart from its weights"
+    if weights.adapt["name"] in MERGES:
+        return f"{words}; its export has both merged: init_from={weights.source}/export, or go on with them by {same}"
+    return f"{words}, where it cannot be merged: go on with them by {same}, or begin with the weights that were adapted"
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value).replace('"', "").replace(", ", ",")
 
 
 def extras_of(net: Network, backbone: Backbone) -> dict[str, Tensor]:

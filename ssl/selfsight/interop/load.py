@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,6 +44,7 @@ class Weights(NamedTuple):
     std: tuple[float, ...]
     num_heads: int | None = None  # where it is known; shapes do not say
     sha256: str | None = None
+    adapt: dict[str, Any] | None = None  # of a run folder that keeps what it has learnt beside its frozen weights
 
     @property
     def chosen(self) -> Network:
@@ -174,13 +175,13 @@ def _from_run(source: str, folder: Path) -> Weights:
     from omegaconf import OmegaConf
 
     from .. import config
+    from ..backbones.adapters import settings_of
     from ..training import checkpoint
     from .export import find_checkpoint
 
     cfg, path = config.read(folder / "config.yaml"), find_checkpoint(folder)
     tensors, meta = checkpoint.load(path)
-    if any(".adapters." in f".{key}" for key in tensors):
-        raise WeightsError(_adapted_run(folder, cfg.adapt.name))
+    adapt = settings_of(cfg.adapt) if any(".adapters." in f".{key}" for key in tensors) else None
     grouped = _grouped(tensors)
     centers = {name: state["center"] for name, state in grouped.items() if set(state) == {"center"}}
     beside = {k: v for k, v in grouped.items() if k not in ("student", "teacher", *centers)}
@@ -190,15 +191,7 @@ def _from_run(source: str, folder: Path) -> Weights:
     mean, std = (tuple(meta.get(k) or OmegaConf.select(cfg, f"data.{k}")) for k in ("mean", "std"))
     what = f"run folder {folder} ({cfg.objective.name}, step {meta['step']:,})"
     return Weights(source, what, "selfsight", ["selfsight"], student, teacher, centers, mean, std,
-                   cfg.backbone.get("num_heads"), sha256(path / "model.safetensors"))  # fmt: skip
-
-
-def _adapted_run(folder: Path, adapt: str) -> str:
-    """Why a run whose adapters lie apart from its weights is not taken: they would be lost."""
-    apart = f"run folder {folder} keeps what adapt={adapt} has learnt apart from its weights"
-    if adapt in ("lora", "apla"):
-        return f"{apart}; its export has both merged: init_from={folder}/export"
-    return f"{apart}, where it cannot be merged: begin with the weights that were adapted, or continue that run itself"
+                   cfg.backbone.get("num_heads"), sha256(path / "model.safetensors"), adapt)  # fmt: skip
 
 
 def _our_network(state: Mapping[str, Tensor], beside: Mapping[str, dict[str, Tensor]]) -> Network:
