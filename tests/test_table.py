@@ -52,6 +52,7 @@ def test_rows_are_what_their_probes_give_and_the_backbone_runs_once(pair, tmp_pa
     text = (tmp_path / "t" / "table.md").read_text()
     assert f"{alone['top1']:.2f} ({alone['standard_error']:.2f})" in text
     assert "| layerwise, layer 0" in text and "± " in text and "Pooling ep" in text
+    assert text.count("\n- knn (seed0, seed1): Weighted") == 1  # what two checkpoints have alike is said once
     assert text.partition("\nProtocols")[0] in capsys.readouterr().out + "\n"
     assert (tmp_path / "t" / "layers.svg").read_text().count("<polyline") == 2
 

@@ -280,7 +280,11 @@ def layer_curves(found: list[Found]) -> str:
 
 
 def _write(out: Path, found: list[Found], facts: dict[str, Any]) -> None:
-    protocols = [f"- {f.checkpoint}, {f.row}: {f.result['protocol']}" for f in found if f.result]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for f in found:
+        if f.result:
+            alike.setdefault((f.row, f.result["protocol"]), []).append(f.checkpoint)
+    protocols = [f"- {row} ({', '.join(those)}): {words}" for (row, words), those in alike.items()]
     text = markdown(found, facts) + "\n".join(["", "Protocols", "", *protocols, ""])
     numbers = facts | {"rows": [f._asdict() for f in found]}
     files = {"table.md": text, "table.json": json.dumps(numbers, indent=1) + "\n"}
