@@ -1,10 +1,11 @@
 """Extracting features to disk, against the loops that people write: same images, same backbone, side by side.
 
     python benchmarks/features.py --out benchmarks/results/features.json
+    python benchmarks/features.py --device cuda --model vit_base_patch16_224 --batch 256 --workers 12 --images 2048
 
 naive: one image at a time, Pillow, torchvision's Resize, CenterCrop and Normalize, the model on a batch of one.
-loader: the same transforms in a torch DataLoader (two worker processes), batches of 32. ours: `probes.store`, 32 images
-a batch, decoding threads ahead, pooled features and patch tokens written to disk; with --float16 and --bf16 as options.
+loader: the same transforms in a torch DataLoader (worker processes), in batches. ours: `probes.store`, in batches of
+the same size, decoding threads ahead, pooled features and patch tokens written to disk; --float16, --bf16 as options.
 
 The unit is wall time, since the work is shared between threads and processes; all variants run in turns, and ratios are
 medians of the ratios inside a repeat. Features must agree: the largest difference of pooled features is reported too.
@@ -37,7 +38,7 @@ from selfsight.probes.identity import How
 from selfsight.probes.readout import Want
 from selfsight.probes.store import Place, stored
 
-SIZE, BATCH, WORKERS = 224, 32, 2
+SIZE = 224
 TRANSFORM = transforms.Compose(
     [
         transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -63,9 +64,9 @@ class Images(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def both(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled feature and patch tokens."""
-    tokens = model.forward_features(x)
-    return model.forward_head(tokens, pre_logits=True), tokens[:, model.num_prefix_tokens :]
+    """Pooled feature and patch tokens, on the CPU."""
+    tokens = model.forward_features(x.to(next(model.parameters()).device))
+    return model.forward_head(tokens, pre_logits=True).cpu(), tokens[:, model.num_prefix_tokens :].cpu()
 
 
 def naive(model: nn.Module, source: Shards) -> Tensor:
@@ -74,8 +75,8 @@ def naive(model: nn.Module, source: Shards) -> Tensor:
     return torch.cat([pooled for pooled, _ in found])
 
 
-def with_loader(model: nn.Module, source: Shards) -> Tensor:
-    loader = torch.utils.data.DataLoader(Images(source), BATCH, num_workers=WORKERS)
+def with_loader(model: nn.Module, source: Shards, batch: int, workers: int) -> Tensor:
+    loader = torch.utils.data.DataLoader(Images(source), batch, num_workers=workers)
     found = [both(model, x) for x in loader]
     torch.cat([patches for _, patches in found])
     return torch.cat([pooled for pooled, _ in found])
@@ -93,6 +94,9 @@ def main() -> None:
     parser.add_argument("--shards", help="JPEG shards; default: a synthetic one")
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--images", type=int, default=192, help="of the synthetic shard")
+    parser.add_argument("--batch", type=int, default=32, help="of loader and ours")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the loader, decoding threads of ours")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--what", default="synthetic JPEGs of 500 x 375", help="words for the result file")
     parser.add_argument("--float16", action="store_true", help="patch tokens of half precision")
@@ -105,15 +109,16 @@ def main() -> None:
     try:
         source = Shards(expand(args.shards) if args.shards else synthetic(folder, args.images), folder / "index")
         torch.manual_seed(0)
-        model = timm.create_model(args.model, num_classes=0).eval()
-        how = How(MEAN, STD, BATCH, "cpu", WORKERS, "bf16-mixed" if args.bf16 else "32-true", args.channels_last,
-                  "float16" if args.float16 else "float32")  # fmt: skip
+        model = timm.create_model(args.model, num_classes=0).eval().to(args.device)
+        precision, dtype = "bf16-mixed" if args.bf16 else "32-true", "float16" if args.float16 else "float32"
+        how = How(MEAN, STD, args.batch, args.device, args.workers, precision, args.channels_last, dtype)
         variants = {
             "naive": lambda: naive(model, source),
-            "loader": lambda: with_loader(model, source),
+            "loader": lambda: with_loader(model, source, args.batch, args.workers),
             "ours": lambda: ours(model, source, folder / "banks", how),
         }
-        results = {"data": args.what, "model": args.model, "images": len(source), "repeats": args.repeats}
+        results = {"data": args.what, "model": args.model, "device": args.device, "batch": args.batch,
+                   "workers": args.workers, "images": len(source), "repeats": args.repeats}  # fmt: skip
         results |= compare(variants, args.repeats, len(source))
         machine.save(args.out, "features.py", results)
     finally:
