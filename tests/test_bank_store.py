@@ -267,26 +267,6 @@ def test_only_what_was_made_is_removed(vit, tmp_path):
     assert not tmp_path.exists() or not list(tmp_path.iterdir())  # nothing else was there, so the folders go as well
 
 
-def _ask(root, barrier, out):
-    torch.set_num_threads(1)
-    barrier.wait()
-    found = bank(backbone(), root, Noise(20, seconds=0.02))
-    out.put((float(found.vectors().sum()), len(found.made)))
-
-
-def test_two_processes_that_ask_at_once_share_one_pass(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    barrier, out = fork.Barrier(2), fork.Queue()
-    both = [fork.Process(target=_ask, args=(tmp_path, barrier, out)) for _ in range(2)]
-    for one in both:
-        one.start()
-    found = [out.get(timeout=60) for _ in both]
-    for one in both:
-        one.join(60)
-    assert found[0][0] == found[1][0] and sorted(made for _, made in found) == [0, 1]
-    assert len(complete(tmp_path)) == 1
-
-
 def test_features_that_are_not_finite_are_refused_and_not_kept(vit, tmp_path):
     broken = backbone()
     with torch.no_grad():
