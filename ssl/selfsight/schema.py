@@ -708,10 +708,12 @@ class RotationProbe:
 class SegmentationProbe:
     name: str = one_of("segmentation", "segmentation")
     mode: str = one_of("sliding", "sliding", "whole")
+    head: str = one_of("linear", "linear", "attentive")
+    num_heads: int | None = integer(None)
     layer: int | None = integer(None, None)
     norm: bool = True
     batch_norm: bool = True
-    lrs: list[float] = numbers([0.001], None, 1e-8, 1e4)
+    lrs: list[float] | None = numbers(None, None, 1e-8, 1e4)
     weight_decay: float = number(0.0)
     epochs: int = integer(20)
     batch_size: int = integer(16)

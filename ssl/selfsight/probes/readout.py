@@ -26,11 +26,17 @@ class Want(NamedTuple):
     kind: "pooled" (the model's own feature), "class" (class token), "mean" (of the patch tokens) or "patches".
     layer: None = the model's output, after its final norm; else a block or stage, which "pooled" does not take.
     norm: apply the final norm to that layer, where timm can (on hierarchical models only to the last one, if at all).
+    Of the model's output it says nothing: `of` turns an output without the norm into the last layer without it.
     """
 
     kind: str
     layer: int | None = None
     norm: bool = True
+
+    @classmethod
+    def of(cls, kind: str, layer: int | None, norm: bool) -> Want:
+        """What the settings `layer` and `norm` of a probe ask for; null is the output, or the last layer as it is."""
+        return cls(kind, layer if layer is not None or norm else -1, norm)
 
     @property
     def name(self) -> str:

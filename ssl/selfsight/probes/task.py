@@ -127,6 +127,13 @@ class Task:
         loaded = self.loaded
         self._stored(tuple(wants), Cut("center", loaded.image_size, loaded.crop_pct, len(loaded.mean)))
 
+    def shape(self, want: Want) -> tuple[int, ...]:
+        """Of one row of an array, before it is extracted; ProbeError where the backbone has no such layer or token."""
+        loaded = self.loaded
+        with frozen(plain(loaded.model, loaded.image_size)) as model:
+            (found,) = layout(model, [want], loaded.image_size, len(loaded.mean)).shapes.values()
+        return found
+
     def depth(self) -> int:
         """Blocks (ViT) or stages (others) whose tokens can be had."""
         loaded = self.loaded
