@@ -591,6 +591,8 @@ class KNNProbe:
     protocol: str | None = one_of(None, "dino_knn")
     k: Any = counts([20])
     temperature: Any = some([0.07], 1e-4)
+    layer: int | None = integer(None, None)
+    norm: bool = True
     center: bool = True
     bank: int | None = integer(None)
     masks: str = one_of("none", "none", "largest", "first")
@@ -601,6 +603,8 @@ class LinearProbe:
     name: str = one_of("linear", "linear")
     protocol: str | None = one_of(None, "mae_linear", "dinov2_linear")
     inputs: Any = words(["pooled"], "pooled", "mean", "class1", "class1+mean", "class4", "class4+mean")
+    layer: int | None = integer(None, None)
+    norm: bool = True
     batch_norm: bool = True
     optimizer: str = one_of("sgd", "sgd", "lars", "adamw")
     lrs: list[float] = numbers([0.1], None, 1e-8, 1e4)
@@ -676,6 +680,8 @@ class FinetuneProbe:
 @dataclasses.dataclass
 class LowShotProbe:
     name: str = one_of("lowshot", "lowshot")
+    layer: int | None = integer(None, None)
+    norm: bool = True
     shots: Any = counts([1, 2, 5, 10])
     percent: list[float] | None = numbers(None, None, 0.001, 100)
     classifiers: Any = words(["logistic", "knn"], "logistic", "knn")
@@ -689,6 +695,8 @@ class LowShotProbe:
 @dataclasses.dataclass
 class RetrievalProbe:
     name: str = one_of("retrieval", "retrieval")
+    layer: int | None = integer(None, None)
+    norm: bool = True
     gallery: str = one_of("train", "train", "test")
     center: bool = True
     bank: int | None = integer(None)

@@ -209,8 +209,7 @@ def _words(task: Task, size: int, recipe: Recipe, head: nn.Module) -> str:
     seen = f"whole images squashed to {size} x {size}"
     if p.mode == "sliding":
         seen = f"shorter side {size}, windows of {size} with stride {size // 2}, overlapping logits averaged"
-    layer = "the output" if p.layer is None else f"layer {p.layer}"
-    layer += f" ({'with' if p.norm else 'without'} the final norm)"
+    layer = task.where(Want.of("patches", p.layer, p.norm))
     norm = ", standardised per dimension" if p.batch_norm else ""
     kind = "one linear layer"
     if recipe.kind == "attentive":

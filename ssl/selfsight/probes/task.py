@@ -23,7 +23,7 @@ from .identity import How
 from .load import Loaded, choose_workers
 from .masks import need_objects
 from .passes import look_over
-from .readout import Want, layout, plain
+from .readout import Want, layout, norm_acts, plain
 from .store import Bank, Place, stored
 
 TEST_SHARE = 0.2  # of train, where there is no validation split
@@ -133,6 +133,16 @@ class Task:
         with frozen(plain(loaded.model, loaded.image_size)) as model:
             (found,) = layout(model, [want], loaded.image_size, len(loaded.mean)).shapes.values()
         return found
+
+    def where(self, want: Want) -> str:
+        """Of which layer an array is, in words, and whether the final norm was applied."""
+        loaded = self.loaded
+        layer = "the output" if self.settings.get("layer") is None else f"layer {want.layer}"
+        if want.layer is None or not want.norm:
+            return f"{layer} ({'with' if want.norm else 'without'} the final norm)"
+        with frozen(plain(loaded.model, loaded.image_size)) as model:
+            acts = norm_acts(model, want, loaded.image_size, len(loaded.mean))
+        return f"{layer} ({'with the final norm' if acts else 'this backbone has no final norm for it'})"
 
     def depth(self) -> int:
         """Blocks (ViT) or stages (others) whose tokens can be had."""
