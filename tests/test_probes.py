@@ -361,6 +361,47 @@ def test_every_layer_gets_a_head_of_its_own(run, data):
     assert [row["layer"] for row in two["layers"]] == ["layer 0", "layer -1"]
 
 
+SHORT = ("probe.epochs=2", "probe.batch_size=32", "probe.seeds=1", "probe.lrs=[0.01]")
+
+
+def test_a_pooling_of_all_tokens_sees_the_class_token_first(run, data, monkeypatch):
+    from selfsight.probes import attentive as module
+
+    seen, own = {}, module.attentive
+    monkeypatch.setattr(module, "attentive", lambda *a, **k: (seen.update(a[0]), own(*a, **k))[1])
+    result = run("attentive", data["train"], data["val"], "probe.pooling=ep_all", "probe.queries=[4]",
+                 "probe.layers=[1,3]", "probe.norm=false", *SHORT)  # fmt: skip
+    assert "Pooling ep over class token and patch tokens, batch norm" in result["protocol"]
+    for number in (1, 3):
+        source = seen[f"layer {number}"]
+        rows, bank = torch.tensor([7, 2]), source.bank
+        tokens = source.tokens(rows)
+        assert tokens.shape == (2, 17, 128)
+        assert torch.equal(tokens[:, 0], bank.vectors("class", number, [7, 2], norm=False))
+        assert torch.equal(tokens[:, 1:], bank.tokens(number, [7, 2], norm=False))
+
+
+def test_heads_of_a_pooling_can_be_chosen(run, data):
+    result = run("attentive", data["train"], data["val"], "probe.pooling=esimpool", "probe.num_heads=4", *SHORT)
+    assert result["parameters"] == 2 * 128 + 3 * 128 + 3 and "Pooling esimpool (4 heads)," in result["protocol"]
+
+
+@pytest.mark.parametrize(("name", "words", "sentence"), [
+    ("attentive", ("probe.pooling=esimpool",), r"pooling=esimpool of output: num_heads=12 does not divide the width "
+     r"128; use one of 1, 2, 4, 8, 16, 32, 64, 128"),
+    ("attentive", ("probe.pooling=siglip", "probe.num_heads=3"), r"siglip of output: num_heads=3 does not divide"),
+    ("attentive", ("probe.num_heads=4",), r"probe\.num_heads=4: the pooling ep has no number of heads .*aim, capi"),
+    ("layerwise", ("probe.pooling=ep", "probe.queries=[4,7]"), r"ep of layer 0: num_queries=7 does not divide"),
+    ("attentive", ("probe.pooling=dolg", "probe.max_batch=16"), r"max_batch=16 cannot split batches of 512: the "
+     r"pooling dolg has batch statistics"),
+    ("attentive", ("probe.layers=[4]",), r"layer 4 of a backbone with 4"),
+])  # fmt: skip
+def test_poolings_that_cannot_be_are_refused_before_anything_is_extracted(run, data, tmp_path, name, words, sentence):
+    with pytest.raises(ProbeError, match=sentence):
+        run(name, data["train"], data["val"], *words)
+    assert not (tmp_path / "banks").exists()
+
+
 def test_poolings_of_the_config_are_those_that_exist():
     from selfsight.nn.pooling import POOLINGS
     from selfsight.schema import POOLINGS as named

@@ -619,13 +619,16 @@ class LinearProbe:
 
 POOLINGS = ("ep", "cls", "gap", "gem", "aim", "capi", "jepa", "vjepa2", "siglip", "cae", "cait", "coca", "clip",
             "abmilp", "simpool", "esimpool", "dinovit", "dolg", "cbam")  # fmt: skip
+# With the class token in front of the patch tokens; cbam needs a square of them.
+ALL_POOLINGS = (*POOLINGS, *(f"{name}_all" for name in POOLINGS if name not in ("cls", "cbam")))
 
 
 @dataclasses.dataclass
 class LayerwiseProbe:
     name: str = one_of("layerwise", "layerwise")
-    pooling: str = one_of("gap", *POOLINGS)
+    pooling: str = one_of("gap", *ALL_POOLINGS)
     queries: Any = counts([32])
+    num_heads: int | None = integer(None)
     layers: Any = layers(None)
     norm: bool = True
     optimizer: str = one_of("adamw", "adamw", "lars", "sgd")
@@ -830,7 +833,7 @@ PROBES = ("knn", "linear", "layerwise", "lowshot", "retrieval", "rotation", "seg
 class Table:
     data: Any = None
     checkpoint: Any = None
-    probes: Any = words(["knn", "linear", "ep"], *PROBES, *POOLINGS)
+    probes: Any = words(["knn", "linear", "ep"], *PROBES, *ALL_POOLINGS)
     set: str | None = None
     masks: MaskShards = dataclasses.field(default_factory=MaskShards)
     seeds: int | None = integer(None)

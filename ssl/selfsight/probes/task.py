@@ -23,7 +23,7 @@ from .identity import How
 from .load import Loaded, choose_workers
 from .masks import need_objects
 from .passes import look_over
-from .readout import Want, layout, norm_acts, plain
+from .readout import Want, layout, norm_acts, plain, resolve
 from .store import Bank, Place, stored
 
 TEST_SHARE = 0.2  # of train, where there is no validation split
@@ -127,12 +127,12 @@ class Task:
         loaded = self.loaded
         self._stored(tuple(wants), Cut("center", loaded.image_size, loaded.crop_pct, len(loaded.mean)))
 
-    def shape(self, want: Want) -> tuple[int, ...]:
-        """Of one row of an array, before it is extracted; ProbeError where the backbone has no such layer or token."""
+    def shapes(self, *wants: Want) -> list[tuple[int, ...]]:
+        """Of one row of each array, before it is extracted; ProbeError where there is no such layer or token."""
         loaded = self.loaded
         with frozen(plain(loaded.model, loaded.image_size)) as model:
-            (found,) = layout(model, [want], loaded.image_size, len(loaded.mean)).shapes.values()
-        return found
+            found = layout(model, wants, loaded.image_size, len(loaded.mean))
+        return [found.shapes[resolve(want, found.depth).name] for want in wants]
 
     def where(self, want: Want) -> str:
         """Of which layer an array is, in words, and whether the final norm was applied."""
