@@ -21,7 +21,7 @@ from selfsight.probes.bank import extract
 from selfsight.probes.cuts import Cut
 from selfsight.probes.identity import How
 from selfsight.probes.part import Part
-from selfsight.probes.readout import Want
+from selfsight.probes.readout import Want, layout, norm_acts
 from selfsight.probes.store import Place, stored
 
 NORM = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -88,6 +88,44 @@ def test_stages_of_other_families(name, tmp_path):
     assert found.vectors().shape == (3, model.num_features)
     with pytest.raises(ProbeError, match="no class token"):
         bank(model, tmp_path, Noise(3), [Want("class")], cut=Cut("center", 32))
+
+
+def test_a_layer_is_pooled_as_the_output_is(tmp_path):
+    common = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
+    x = (pass_module.crops(Noise(4).read(2), Cut("center", 16)).float() / 255 - 0.5) / 0.25
+    wants = [Want("pooled", 1, True), Want("pooled", 1, False), Want("pooled", -1, True), Want("pooled", -1, False)]
+    for pool in ("token", "avg"):
+        torch.manual_seed(0)
+        model = timm.models.VisionTransformer(**common, global_pool=pool, fc_norm=pool == "avg").eval()
+        with torch.no_grad():  # a norm that does something
+            (model.fc_norm if pool == "avg" else model.norm).weight.normal_()
+            found = bank(model, tmp_path / pool, Noise(4), wants)
+            out = model(x)
+            torch.testing.assert_close(found.vectors("pooled", 2, [2]), out, rtol=1e-4, atol=1e-5)
+            for norm in (True, False):
+                ((maps, prefix),) = model.forward_intermediates(
+                    x, indices=[1], norm=norm, return_prefix_tokens=True, intermediates_only=True
+                )
+                mine = prefix[:, 0] if pool == "token" else maps.mean((2, 3))
+                mine = model.fc_norm(mine) if norm else mine
+                torch.testing.assert_close(found.vectors("pooled", 1, [2], norm), mine, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(found.vectors("pooled", -1, [2], False), out, atol=0.1)
+        assert norm_acts(model, Want("pooled", 1), 16) and norm_acts(model, Want("pooled", -1), 16)
+    model.global_pool = "max"
+    with pytest.raises(ProbeError, match=r"pools its output by 'max', which cannot be done to a single layer; use"):
+        layout(model, wants, 16)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18"])
+def test_a_stage_is_the_mean_of_its_map_and_an_early_one_has_no_norm(name, tmp_path):
+    model = timm.create_model(name, num_classes=0).eval()
+    x = (pass_module.crops(Noise(4).read(2), Cut("center", 32)).float() / 255 - 0.5) / 0.25
+    found = bank(model, tmp_path, Noise(4), [Want("pooled", 1), Want("pooled", -1)], cut=Cut("center", 32))
+    with torch.no_grad():
+        maps = model.forward_intermediates(x, indices=[1], intermediates_only=True)[0]
+        torch.testing.assert_close(found.vectors("pooled", 1, [2]), maps.mean((2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.vectors("pooled", -1, [2]), model(x), rtol=1e-4, atol=1e-5)
+    assert not norm_acts(model, Want("pooled", 1), 32) and norm_acts(model, Want("pooled", -1), 32) == (name[0] == "c")
 
 
 def test_shuffled_rows_come_in_the_order_asked_for(vit, tmp_path):

@@ -12,8 +12,9 @@ from selfsight.backbones.tokens import Needs
 from selfsight.interop.export import export_backbone
 from selfsight.probes import ProbeError, logistic
 from selfsight.probes.knn import knn
-from selfsight.probes.linear import Recipe, _fit
+from selfsight.probes.linear import INPUTS, Recipe, _fit, inputs_of
 from selfsight.probes.lowshot import draw
+from selfsight.probes.readout import Want
 from selfsight.probes.retrieval import retrieve
 from selfsight.probes.run import probe
 from selfsight.probes.select import held_out
@@ -129,6 +130,74 @@ def test_a_small_set_still_holds_out_a_tenth():
     for n in range(10, 60):
         held = held_out(np.repeat(np.arange(n), 2)).reshape(n, 2)
         assert (held[:, 0] == held[:, 1]).all() and n / 20 <= held[:, 0].sum() <= n / 4
+
+
+# --- another layer, without the final norm ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def features(exported, data):
+    """Class tokens of every image and block, with and without the final norm, by timm: [norm][split][block]."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
+    out = {True: {}, False: {}}
+    for split, folder in data.items():
+        files = sorted(folder.rglob("*.png"))
+        resized = [Image.open(f).resize((16, 16), Image.Resampling.BICUBIC) for f in files]
+        x = torch.stack([torch.from_numpy(np.array(r)).permute(2, 0, 1).float() / 255 for r in resized])
+        for norm in out:
+            with torch.no_grad():
+                found = model.forward_intermediates(
+                    (x - 0.5) / 0.25, norm=norm, return_prefix_tokens=True, intermediates_only=True
+                )
+            out[norm][split] = [prefix[:, 0] for _, prefix in found]
+    return out
+
+
+@pytest.mark.parametrize(("layer", "norm"), [(1, True), (-2, False), (None, False)])
+def test_knn_reads_the_layer_and_the_norm_that_are_asked_for(run, data, features, monkeypatch, layer, norm):
+    from selfsight.probes import knn as module
+
+    seen, own = [], module.knn
+    monkeypatch.setattr(module, "knn", lambda *a, **k: (seen.append(a), own(*a, **k))[1])
+    words = (f"probe.layer={'null' if layer is None else layer}", f"probe.norm={str(norm).lower()}")
+    result = run("knn", data["train"], data["val"], "probe.k=5", *words)
+    for found, split in ((seen[0][0], "train"), (seen[0][2], "val")):
+        theirs = features[norm][split][-1 if layer is None else layer]
+        near = F.cosine_similarity(found - theirs.mean(0), theirs - theirs.mean(0))
+        assert len(found) == len(theirs) and near.min() > 0.95  # the resize is another one
+    which = "the output" if layer is None else f"layer {layer}"
+    assert f"pooled features of {which} ({'with' if norm else 'without'} the final norm)" in result["protocol"]
+    assert result["settings"]["probe"]["layer"] == layer and result["settings"]["probe"]["norm"] == norm
+
+
+def test_the_usual_feature_is_said_to_be_that_of_the_output_with_the_norm(run, data):
+    result = run("knn", data["train"], data["val"], "probe.k=5")
+    assert "pooled features of the output (with the final norm)" in result["protocol"]
+
+
+def test_inputs_of_a_linear_probe_end_at_its_layer():
+    assert inputs_of("class4+mean", 5, False) == (
+        *(Want("class", i, False) for i in (2, 3, 4, 5)), Want("mean", 5, False))  # fmt: skip
+    assert inputs_of("class4", -3, True) == tuple(Want("class", i) for i in (-6, -5, -4, -3))
+    assert inputs_of("class1", None, False) == (Want("class", -1, False),)
+    assert inputs_of("pooled", None, True) == (Want("pooled"),) and inputs_of("class4", None, True) == INPUTS["class4"]
+    with pytest.raises(ProbeError, match=r"probe\.inputs=class4 reads four blocks up to probe\.layer=2; use a layer"):
+        inputs_of("class4", 2, True)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("linear", ("probe.inputs=[pooled,mean]", "probe.epochs=1", "probe.seeds=1")),
+    ("retrieval", ()), ("lowshot", ("probe.shots=[1]", "probe.classifiers=[knn]", "probe.seeds=1")),
+])  # fmt: skip
+def test_other_probes_of_a_feature_take_a_layer_as_well(run, data, tmp_path, name, words):
+    result = run(name, data["train"], data["val"], "probe.layer=2", "probe.norm=false", *words)
+    assert "layer 2 (without the final norm)" in result["protocol"]
+    stored = {p.stem for p in (tmp_path / "banks").rglob("*.npy")}
+    assert "pooled-2-raw" in stored and "pooled" not in stored
+    with pytest.raises(ProbeError, match=r"layer 4 of a backbone with 4: choose 0 to 3 or -4 to -1"):
+        run(name, data["train"], data["val"], "probe.layer=4", *words)
 
 
 # --- low-shot --------------------------------------------------------------------------------------------------------
@@ -301,6 +370,47 @@ def test_every_layer_gets_a_head_of_its_own(run, data):
     assert result["top1"] == next(r["top1"] for r in result["layers"] if r["layer"] == result["layer"])
     two = run("layerwise", data["train"], data["val"], "probe.layers=[0,-1]", "probe.pooling=cls", *words)
     assert [row["layer"] for row in two["layers"]] == ["layer 0", "layer -1"]
+
+
+SHORT = ("probe.epochs=2", "probe.batch_size=32", "probe.seeds=1", "probe.lrs=[0.01]")
+
+
+def test_a_pooling_of_all_tokens_sees_the_class_token_first(run, data, monkeypatch):
+    from selfsight.probes import attentive as module
+
+    seen, own = {}, module.attentive
+    monkeypatch.setattr(module, "attentive", lambda *a, **k: (seen.update(a[0]), own(*a, **k))[1])
+    result = run("attentive", data["train"], data["val"], "probe.pooling=ep_all", "probe.queries=[4]",
+                 "probe.layers=[1,3]", "probe.norm=false", *SHORT)  # fmt: skip
+    assert "Pooling ep over class token and patch tokens, batch norm" in result["protocol"]
+    for number in (1, 3):
+        source = seen[f"layer {number}"]
+        rows, bank = torch.tensor([7, 2]), source.bank
+        tokens = source.tokens(rows)
+        assert tokens.shape == (2, 17, 128)
+        assert torch.equal(tokens[:, 0], bank.vectors("class", number, [7, 2], norm=False))
+        assert torch.equal(tokens[:, 1:], bank.tokens(number, [7, 2], norm=False))
+
+
+def test_heads_of_a_pooling_can_be_chosen(run, data):
+    result = run("attentive", data["train"], data["val"], "probe.pooling=esimpool", "probe.num_heads=4", *SHORT)
+    assert result["parameters"] == 2 * 128 + 3 * 128 + 3 and "Pooling esimpool (4 heads)," in result["protocol"]
+
+
+@pytest.mark.parametrize(("name", "words", "sentence"), [
+    ("attentive", ("probe.pooling=esimpool",), r"pooling=esimpool of output: num_heads=12 does not divide the width "
+     r"128; use one of 1, 2, 4, 8, 16, 32, 64, 128"),
+    ("attentive", ("probe.pooling=siglip", "probe.num_heads=3"), r"siglip of output: num_heads=3 does not divide"),
+    ("attentive", ("probe.num_heads=4",), r"probe\.num_heads=4: the pooling ep has no number of heads .*aim, capi"),
+    ("layerwise", ("probe.pooling=ep", "probe.queries=[4,7]"), r"ep of layer 0: num_queries=7 does not divide"),
+    ("attentive", ("probe.pooling=dolg", "probe.max_batch=16"), r"max_batch=16 cannot split batches of 512: the "
+     r"pooling dolg has batch statistics"),
+    ("attentive", ("probe.layers=[4]",), r"layer 4 of a backbone with 4"),
+])  # fmt: skip
+def test_poolings_that_cannot_be_are_refused_before_anything_is_extracted(run, data, tmp_path, name, words, sentence):
+    with pytest.raises(ProbeError, match=sentence):
+        run(name, data["train"], data["val"], *words)
+    assert not (tmp_path / "banks").exists()
 
 
 def test_poolings_of_the_config_are_those_that_exist():

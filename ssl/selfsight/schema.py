@@ -591,6 +591,8 @@ class KNNProbe:
     protocol: str | None = one_of(None, "dino_knn")
     k: Any = counts([20])
     temperature: Any = some([0.07], 1e-4)
+    layer: int | None = integer(None, None)
+    norm: bool = True
     center: bool = True
     bank: int | None = integer(None)
     test: int | None = integer(None)
@@ -602,6 +604,8 @@ class LinearProbe:
     name: str = one_of("linear", "linear")
     protocol: str | None = one_of(None, "mae_linear", "dinov2_linear")
     inputs: Any = words(["pooled"], "pooled", "mean", "class1", "class1+mean", "class4", "class4+mean")
+    layer: int | None = integer(None, None)
+    norm: bool = True
     batch_norm: bool = True
     optimizer: str = one_of("sgd", "sgd", "lars", "adamw")
     lrs: list[float] = numbers([0.1], None, 1e-8, 1e4)
@@ -617,13 +621,16 @@ class LinearProbe:
 
 POOLINGS = ("ep", "cls", "gap", "gem", "aim", "capi", "jepa", "vjepa2", "siglip", "cae", "cait", "coca", "clip",
             "abmilp", "simpool", "esimpool", "dinovit", "dolg", "cbam")  # fmt: skip
+# With the class token in front of the patch tokens; cbam needs a square of them.
+ALL_POOLINGS = (*POOLINGS, *(f"{name}_all" for name in POOLINGS if name not in ("cls", "cbam")))
 
 
 @dataclasses.dataclass
 class LayerwiseProbe:
     name: str = one_of("layerwise", "layerwise")
-    pooling: str = one_of("gap", *POOLINGS)
+    pooling: str = one_of("gap", *ALL_POOLINGS)
     queries: Any = counts([32])
+    num_heads: int | None = integer(None)
     layers: Any = layers(None)
     norm: bool = True
     optimizer: str = one_of("adamw", "adamw", "lars", "sgd")
@@ -680,6 +687,8 @@ class FinetuneProbe:
 @dataclasses.dataclass
 class LowShotProbe:
     name: str = one_of("lowshot", "lowshot")
+    layer: int | None = integer(None, None)
+    norm: bool = True
     shots: Any = counts([1, 2, 5, 10])
     percent: list[float] | None = numbers(None, None, 0.001, 100)
     classifiers: Any = words(["logistic", "knn"], "logistic", "knn")
@@ -694,6 +703,8 @@ class LowShotProbe:
 @dataclasses.dataclass
 class RetrievalProbe:
     name: str = one_of("retrieval", "retrieval")
+    layer: int | None = integer(None, None)
+    norm: bool = True
     gallery: str = one_of("train", "train", "test")
     center: bool = True
     bank: int | None = integer(None)
@@ -715,10 +726,12 @@ class RotationProbe:
 class SegmentationProbe:
     name: str = one_of("segmentation", "segmentation")
     mode: str = one_of("sliding", "sliding", "whole")
+    head: str = one_of("linear", "linear", "attentive")
+    num_heads: int | None = integer(None)
     layer: int | None = integer(None, None)
     norm: bool = True
     batch_norm: bool = True
-    lrs: list[float] = numbers([0.001], None, 1e-8, 1e4)
+    lrs: list[float] | None = numbers(None, None, 1e-8, 1e4)
     weight_decay: float = number(0.0)
     epochs: int = integer(20)
     batch_size: int = integer(16)
@@ -828,7 +841,7 @@ PROBES = ("knn", "linear", "layerwise", "lowshot", "retrieval", "rotation", "seg
 class Table:
     data: Any = None
     checkpoint: Any = None
-    probes: Any = words(["knn", "linear", "ep"], *PROBES, *POOLINGS)
+    probes: Any = words(["knn", "linear", "ep"], *PROBES, *ALL_POOLINGS)
     set: str | None = None
     masks: MaskShards = dataclasses.field(default_factory=MaskShards)
     seeds: int | None = integer(None)

@@ -8,6 +8,7 @@ was fitted on, by the mean over seeds; the test split is scored once, with the c
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..nn.pooling import POOLINGS, PoolingError, build_pooling
 from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .heads import ProbeHead, Stack, build_head
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .task import Outcome, Task
 
 CHUNK = 256  # samples per batch without gradients
+ALL = "_all"  # behind the name of a pooling: the class token in front of the patch tokens
 
 
 class TokenSource(Protocol):
@@ -366,6 +369,7 @@ class Stored(NamedTuple):
 
     bank: Bank
     want: Want
+    with_class: bool = False  # in front of the patches
 
     def __len__(self) -> int:
         return len(self.bank)
@@ -374,7 +378,10 @@ class Stored(NamedTuple):
         kind, layer, norm = self.want
         if kind != "patches":
             return self.bank.vectors(kind, layer, rows.numpy(), norm)[:, None]
-        return self.bank.tokens(layer, rows.numpy(), norm)
+        patches = self.bank.tokens(layer, rows.numpy(), norm)
+        if not self.with_class:
+            return patches
+        return torch.cat([self.bank.vectors("class", layer, rows.numpy(), norm)[:, None], patches], dim=1)
 
 
 def run(task: Task) -> Outcome:
@@ -384,14 +391,15 @@ def run(task: Task) -> Outcome:
 
     p = task.settings
     wanted = _layers(task, p)
-    train, test = task.banks(*wanted.values())
+    pooling, with_class, options = check_pooling(task, wanted)
+    train, test = task.banks(*wants(task, p))
     recipe = Recipe(p.optimizer, p.epochs, p.warmup_epochs, p.batch_size, max_batch=p.max_batch)
     found = attentive(
-        {name: Stored(train, want) for name, want in wanted.items()}, train.labels,
-        {name: Stored(test, want) for name, want in wanted.items()}, test.labels,
-        select=held_out(train.ids), pooling=p.pooling, lrs=tuple(p.lrs), weight_decays=tuple(p.weight_decays),
-        num_queries=tuple(p.queries) if p.pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe,
-        device=task.device, order_seed=task.cfg.seed,
+        {name: Stored(train, want, with_class) for name, want in wanted.items()}, train.labels,
+        {name: Stored(test, want, with_class) for name, want in wanted.items()}, test.labels,
+        select=held_out(train.ids), pooling=pooling, lrs=tuple(p.lrs), weight_decays=tuple(p.weight_decays),
+        num_queries=tuple(p.queries) if pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe,
+        device=task.device, order_seed=task.cfg.seed, **options,
     )  # fmt: skip
     numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}
     parameters = sum(v.numel() for v in found.best.heads[0].parameters() if v.requires_grad)
@@ -400,7 +408,35 @@ def run(task: Task) -> Outcome:
 
 def wants(task: Task, settings: Any) -> list[Want]:
     """What a run with these settings reads."""
-    return list(_layers(task, settings).values())
+    wanted = list(_layers(task, settings).values())
+    if settings.pooling.endswith(ALL):
+        wanted += [want._replace(kind="class") for want in wanted]
+    return wanted
+
+
+def check_pooling(task: Task, wanted: Mapping[str, Want]) -> tuple[str, bool, dict[str, int]]:
+    """Name of the pooling, whether it sees the class token as well, and its options; ProbeError, before anything is
+    extracted, where it cannot be had on these tokens."""
+    p = task.settings
+    pooling, with_class = p.pooling.removesuffix(ALL), p.pooling.endswith(ALL)
+    options = {} if p.num_heads is None else {"num_heads": p.num_heads}
+    if options and "num_heads" not in inspect.signature(POOLINGS[pooling]).parameters:
+        headed = [name for name, cls in POOLINGS.items() if "num_heads" in inspect.signature(cls).parameters]
+        raise ProbeError(f"probe.num_heads={p.num_heads}: the pooling {pooling} has no number of heads to choose; it "
+                         f"is a key of {', '.join(headed)}")  # fmt: skip
+    for (name, want), shape in zip(wanted.items(), task.shapes(*wants(task, p))):
+        tokens = (shape[0] if want.kind == "patches" else 1) + with_class
+        for queries in p.queries if pooling == "ep" else (None,):
+            try:
+                with torch.device("meta"):
+                    made = build_pooling(pooling, shape[-1], tokens, num_queries=queries, **options)
+            except PoolingError as error:
+                raise ProbeError(f"probe.pooling={p.pooling} of {name}: {error}") from None
+            if p.max_batch and p.max_batch < p.batch_size and list(made.buffers()):
+                raise ProbeError(f"probe.max_batch={p.max_batch} cannot split batches of {p.batch_size}: the pooling "
+                                 f"{pooling} has batch statistics of its tokens; leave max_batch out, lower "
+                                 "batch_size, or take another pooling")  # fmt: skip
+    return pooling, with_class, options
 
 
 def _layers(task: Task, settings: Any) -> dict[str, Want]:
@@ -425,8 +461,13 @@ def _words(task: Task, names: list[str], heads: int) -> str:
     p = task.settings
     protocol = f"After {p.protocol}. " if p.get("protocol") else ""
     norm = "with" if p.norm else "without"
+    pooling = p.pooling.removesuffix(ALL)
+    if p.num_heads is not None:
+        pooling += f" ({p.num_heads} heads)"
+    if p.pooling.endswith(ALL):
+        pooling += " over class token and patch tokens"
     return (
-        f"{protocol}Pooling {p.pooling}, batch norm without affine and one linear layer on frozen tokens of "
+        f"{protocol}Pooling {pooling}, batch norm without affine and one linear layer on frozen tokens of "
         f"{', '.join(names)} ({norm} the final norm) of un-augmented images: {heads} heads (layer x queries x learning "
         f"rate x weight decay x seed) trained side by side with {p.optimizer}, {p.epochs} epochs, {p.warmup_epochs:g} "
         f"of warm-up, cosine to zero, batch {p.batch_size:,} at most; layer and setting were chosen on a held-out "

@@ -110,7 +110,7 @@ def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Ten
 
 def wants(task: Task, settings: Any) -> list[Want]:
     """What a run with these settings reads; features of single objects are not stored."""
-    return [Want("pooled")] if (settings.get("masks") or "none") == "none" else []
+    return [Want.of("pooled", settings.layer, settings.norm)] if (settings.get("masks") or "none") == "none" else []
 
 
 def run(task: Task) -> Outcome:
@@ -119,8 +119,12 @@ def run(task: Task) -> Outcome:
 
     settings = task.settings
     ks, temps, center = tuple(settings.k), tuple(settings.temperature), settings.center
-    train, test = task.banks(Want("pooled"), masks=settings.get("masks") or "none")
-    bank, labels, queries = train.vectors().to(task.device), train.labels.to(task.device), test.vectors()
+    want, masks = Want.of("pooled", settings.layer, settings.norm), settings.get("masks") or "none"
+    if masks != "none" and want != Want("pooled"):
+        raise ProbeError(f"probe.masks={masks} looks at the pooled feature of the output with its final norm; leave "
+                         "probe.layer and probe.norm out")  # fmt: skip
+    train, test = task.banks(want, masks=masks)
+    bank, labels, queries = train.read(want).to(task.device), train.labels.to(task.device), test.read(want)
     options = {"ks": ks, "temps": temps, "center": center, "num_classes": task.classes}
     found = knn(bank, labels, queries.to(task.device), test.labels.to(task.device), **options)
     best, setting = (ks[0], temps[0]), f"Weighted {ks[0]}-nearest-neighbour vote (T = {temps[0]})"
@@ -136,6 +140,6 @@ def run(task: Task) -> Outcome:
                    "tenth of the training images)")  # fmt: skip
         rows = [row | {"select_top1": tried[row["k"], row["temperature"]].top1} for row in rows]
     centred = "centred by the bank's mean, " if center else ""
-    words = f"{setting} on pooled features, {centred}cosine similarity, float32."
+    words = f"{setting} on pooled features of {task.where(want)}, {centred}cosine similarity, float32."
     numbers = {"top1": found[best].top1, "top5": found[best].top5, "k": best[0], "temperature": best[1], "grid": rows}
     return Outcome(numbers, words)

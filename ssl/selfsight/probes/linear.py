@@ -199,7 +199,22 @@ def check_select(train: Tensor, select: np.ndarray) -> None:
 
 def wants(task: Task, settings: Any) -> list[Want]:
     """What a run with these settings reads."""
-    return list(dict.fromkeys(want for name in settings.inputs for want in INPUTS[name]))
+    return list(dict.fromkeys(w for name in settings.inputs for w in inputs_of(name, settings.layer, settings.norm)))
+
+
+def inputs_of(name: str, layer: int | None, norm: bool) -> tuple[Want, ...]:
+    """Arrays of a named input where it is read from another layer than the last, or without the final norm; ProbeError
+    where four blocks are asked for and fewer are there."""
+    if layer is None and norm:
+        return INPUTS[name]
+    last, out = -1 if layer is None else layer, []
+    for want in INPUTS[name]:
+        back = 0 if want.layer is None else want.layer + 1  # blocks before the last one
+        if last >= 0 > last + back:
+            raise ProbeError(f"probe.inputs={name} reads four blocks up to probe.layer={last}; use a layer of at least "
+                             "3, or class1")  # fmt: skip
+        out.append(Want(want.kind, last + back, norm))
+    return tuple(out)
 
 
 def run(task: Task) -> Outcome:
@@ -211,8 +226,9 @@ def run(task: Task) -> Outcome:
     heads = tuple((lr, wd) for lr in p.lrs for wd in p.weight_decays)
     how = Recipe(heads, p.epochs, p.steps, p.batch_size, p.batch_norm, p.optimizer, p.warmup_epochs)
     select, best, found, grid = held_out(train.ids), -1.0, None, []
+    arrays = {name: inputs_of(name, p.layer, p.norm) for name in names}
     for name in names:
-        x = join(train, INPUTS[name])
+        x = join(train, arrays[name])
         check_select(x, select)
         fitted = fit(x, train.labels, task.classes, how, select=select, seeds=task.seeds, device=task.device)
         means = fitted.accuracy.mean(0).tolist()
@@ -220,7 +236,7 @@ def run(task: Task) -> Outcome:
         if max(means) > best:
             best, found = max(means), (name, fitted)
     name, fitted = found
-    scored = score(fitted, how, join(test, INPUTS[name]), test.labels)
+    scored = score(fitted, how, join(test, arrays[name]), test.labels)
     numbers = {
         "top1": scored.top1, "top1_std": scored.top1_std, "top1_seeds": scored.top1_seeds, "top5": scored.top5,
         "select_top1": scored.select_top1, "input": name, "lr": scored.lr, "weight_decay": scored.weight_decay,
@@ -231,7 +247,7 @@ def run(task: Task) -> Outcome:
 
 def join(bank: Bank, wants: Sequence[Want]) -> Tensor:
     """float32 [n, D]: the arrays side by side."""
-    parts = [bank.vectors(want.kind, want.layer, norm=want.norm) for want in wants]
+    parts = [bank.read(want) for want in wants]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -244,10 +260,11 @@ def _words(how: Recipe, names: list[str], task: Task) -> str:
     length = f"{how.steps:,} steps" if how.steps else f"{how.epochs} epochs"
     inputs = " and ".join(names) if len(names) < 3 else f"{len(names)} inputs ({', '.join(names)})"
     count = len(names) * len(how.heads)
+    where = task.where(inputs_of(names[-1], task.settings.layer, task.settings.norm)[-1])
     protocol = f"After {task.settings.protocol}. " if task.settings.get("protocol") else ""
     return (
-        f"{protocol}One linear layer on frozen {inputs} features of un-augmented images, {norm}: {count} heads (input "
-        f"x learning rate x weight decay) trained side by side with {optimizer}{warmup}, cosine to zero, "
+        f"{protocol}One linear layer on frozen {inputs} features of {where}, no augmentation, {norm}: {count} heads "
+        f"(input x learning rate x weight decay) trained side by side with {optimizer}{warmup}, cosine to zero, "
         f"{length}, batch {how.batch_size:,} at most; the head was chosen on a held-out tenth of the training images "
         f"and scored on the test split; mean over {len(task.seeds)} seeds (start of the heads, order of the batches)."
     )

@@ -40,7 +40,7 @@ def draw(ids: np.ndarray, labels: np.ndarray, seed: int, shots: int | None, perc
 
 def wants(task: Task, settings: Any) -> list[Want]:
     """What a run with these settings reads."""
-    return [Want("pooled")]
+    return [Want.of("pooled", settings.layer, settings.norm)]
 
 
 def run(task: Task) -> Outcome:
@@ -48,8 +48,9 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     p = task.settings
-    train, test = task.banks(*wants(task, task.settings))
-    bank, queries = train.vectors().to(task.device), test.vectors().to(task.device)
+    (want,) = wants(task, p)
+    train, test = task.banks(want)
+    bank, queries = train.read(want).to(task.device), test.read(want).to(task.device)
     labels, truth = train.labels.to(task.device), test.labels.to(task.device)
     rows: list[dict[str, Any]] = []
     for word, shots, percent in list(_sizes(task, train.labels.numpy())):  # all are checked before one is computed
@@ -65,7 +66,8 @@ def run(task: Task) -> Outcome:
     numbers = {k: head[k] for k in ("top1", "top1_std", "top1_seeds")} | {"top1_is": f"{head['classifier']}, "
                f"{head['size']}", "rows": rows}  # fmt: skip
     words = (
-        f"Low-shot: subsets of the training split drawn per class by a hash, {len(task.seeds)} draws, pooled features. "
+        f"Low-shot: subsets of the training split drawn per class by a hash, {len(task.seeds)} draws, pooled features "
+        f"of {task.where(want)}. "
         f"logistic: L2, L-BFGS in float64, features centred and scaled by the subset, C of {list(p.costs)} by "
         f"{p.folds}-fold cross-validation inside the subset (one image per class: the middle C). knn: centred by the "
         f"subset's mean, cosine, T = {p.temperature:g}, k = images per class, {MAX_K} at most. Mean and spread "

@@ -23,8 +23,9 @@ KINDS = ("pooled", "class", "mean", "patches")
 class Want(NamedTuple):
     """One array of a bank.
 
-    kind: "pooled" (the model's own feature), "class" (class token), "mean" (of the patch tokens) or "patches".
-    layer: None = the model's output, after its final norm; else a block or stage, which "pooled" does not take.
+    kind: "pooled" (the model's own feature; of a layer: pooled in the same way), "class" (class token), "mean" (of the
+    patch tokens) or "patches".
+    layer: None = the model's output, after its final norm; else a block or stage.
     norm: apply the final norm to that layer, where timm can (on hierarchical models only to the last one, if at all).
     Of the model's output it says nothing: `of` turns an output without the norm into the last layer without it.
     """
@@ -63,14 +64,15 @@ def plain(model: nn.Module, size: int) -> nn.Module:
 
 def resolve(want: Want, depth: int) -> Want:
     """The same with a layer counted from the start; ProbeError if there is no such layer."""
-    if want.kind not in KINDS or (want.kind == "pooled" and want.layer is not None):
-        raise ProbeError(f"{want} cannot be read out: pooled belongs to the whole model; class, mean and patches to "
-                         "any layer")  # fmt: skip
+    if want.kind not in KINDS:
+        raise ProbeError(f"{want} cannot be read out: choose one of {', '.join(KINDS)}")
     if want.layer is None:
         return want
     if not -depth <= want.layer < depth:
         raise ProbeError(f"layer {want.layer} of a backbone with {depth}: choose 0 to {depth - 1} or -{depth} to -1")
-    return want._replace(layer=want.layer % depth)
+    want = want._replace(layer=want.layer % depth)
+    # Pooled and normed, the last layer is the output, in whichever order the model does the two.
+    return Want("pooled") if want == ("pooled", depth - 1, True) else want
 
 
 @torch.no_grad()
@@ -97,7 +99,8 @@ def read_out(model: nn.Module, x: Tensor, wants: Sequence[Want]) -> dict[str, Te
             final, tokens = _intermediates(model, x, layers, norm)
             for number, (patches, prefix) in zip(layers, tokens):
                 chosen = [w for w in wants if w.layer == number and w.norm == norm]
-                out |= {want.name: _pick(want, patches, prefix) for want in chosen}
+                out |= {want.name: _pooled(model, patches, prefix, norm) if want.kind == "pooled" else _pick(
+                    want, patches, prefix) for want in chosen}  # fmt: skip
     own = [want for want in wants if want.layer is None]
     if own:
         final = model.forward_features(x) if final is None else final
@@ -107,6 +110,29 @@ def read_out(model: nn.Module, x: Tensor, wants: Sequence[Want]) -> dict[str, Te
             out[want.name] = model.forward_head(final, pre_logits=True).flatten(1) if pooled else _pick(
                 want, patches, prefix)  # fmt: skip
     return out
+
+
+def _pooled(model: nn.Module, patches: Tensor, prefix: Tensor | None, norm: bool) -> Tensor:
+    """A layer pooled as the model pools its output: the class token, or the mean of the patches and its own norm."""
+    how = getattr(model, "global_pool", "avg")
+    how = getattr(how, "pool_type", how)  # a word, or a module of timm's
+    if how == "token" and prefix is not None and prefix.shape[1]:
+        return prefix[:, 0]
+    if how != "avg":
+        raise ProbeError(f"this backbone pools its output by {how!r}, which cannot be done to a single layer; use "
+                         "probe=linear probe.inputs=[mean], or leave probe.layer and probe.norm out")  # fmt: skip
+    pooled = patches.mean(1)
+    return model.fc_norm(pooled) if norm and hasattr(model, "fc_norm") else pooled
+
+
+@torch.no_grad()
+def norm_acts(model: nn.Module, want: Want, size: int, channels: int = 3) -> bool:
+    """Whether the final norm changes this array: hierarchical models have none that an earlier stage could take."""
+    noise = torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0))
+    depth = layout(model, [want], size, channels).depth
+    with_norm, without = (resolve(want._replace(norm=norm), depth) for norm in (True, False))
+    found = read_out(model, noise.to(next(model.parameters())), [with_norm, without])
+    return not torch.equal(found[with_norm.name], found[without.name])
 
 
 def _pick(want: Want, patches: Tensor, prefix: Tensor | None) -> Tensor:

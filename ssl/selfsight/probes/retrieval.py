@@ -61,7 +61,7 @@ def retrieve(
 
 def wants(task: Task, settings: Any) -> list[Want]:
     """What a run with these settings reads."""
-    return [Want("pooled")]
+    return [Want.of("pooled", settings.layer, settings.norm)]
 
 
 def run(task: Task) -> Outcome:
@@ -69,18 +69,19 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     p = task.settings
-    train, test = task.banks(*wants(task, task.settings))
-    queries, asked = test.vectors().to(task.device), test.labels.to(task.device)
+    (want,) = wants(task, p)
+    train, test = task.banks(want)
+    queries, asked = test.read(want).to(task.device), test.labels.to(task.device)
     if p.gallery == "test":
         numbers = retrieve(queries, asked, center=p.center)
         where = "the other test images"
     else:
-        bank, labels = train.vectors().to(task.device), train.labels.to(task.device)
+        bank, labels = train.read(want).to(task.device), train.labels.to(task.device)
         numbers = retrieve(bank, labels, queries, asked, center=p.center)
         where = "the training images"
     left = len(test) - numbers["queries"]
     words = (
-        f"Retrieval of same-class images among {where}: cosine similarity of pooled features"
+        f"Retrieval of same-class images among {where}: cosine similarity of pooled features of {task.where(want)}"
         f"{', centred by the mean of the gallery' if p.center else ''}; mAP over the whole ranking, top1 = recall@1; "
         f"{left:,} queries without any image to find are left out."
     )

@@ -1,4 +1,5 @@
-"""Semantic segmentation by one linear layer (a 1x1 convolution) on frozen patch tokens; mIoU on the original masks.
+"""Semantic segmentation by a small head on frozen patch tokens (`dense_heads`: a linear layer, or class queries that
+attend to the tokens); mIoU on the original masks.
 
 Sliding: the shorter side becomes the window (224), windows move by half of it, overlapping logits are averaged, and all
 is enlarged to the original mask before the confusion matrix. Whole: the image squashed to one square.
@@ -9,14 +10,15 @@ loss of logits enlarged without smoothing, at a hundredth of the cost; every lea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..data.decode import cut_mask, size_of
@@ -24,6 +26,7 @@ from ..data.objects import id_map
 from ..data.source import Source
 from . import ProbeError
 from .cuts import Cut, windows
+from .dense_heads import LRS, Heads, Recipe, fit, make_head
 from .readout import Want
 from .select import held_out, spread
 
@@ -31,21 +34,7 @@ if TYPE_CHECKING:
     from .store import Bank
     from .task import Outcome, Task
 
-SUB, INIT_STD, EPS, RESAMPLES = 4, 0.01, 1e-6, 200
-BETAS = (0.9, 0.999)
-
-
-class Heads(NamedTuple):
-    """weight [S, L, C, D], bias [S, L, C] for S seeds and L learning rates; mean, std [D] of the tokens."""
-
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    std: Tensor
-
-    def __call__(self, tokens: Tensor, seed: int, rate: int) -> Tensor:
-        """tokens [B, N, D] -> logits [B, N, C] of one head."""
-        return (tokens - self.mean) / self.std @ self.weight[seed, rate].T + self.bias[seed, rate]
+SUB, RESAMPLES = 4, 200
 
 
 def mask_of(source: Source, id: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -71,67 +60,12 @@ def patch_ids(source: Source, bank: Bank, cut: Cut, grid: int) -> np.ndarray:
     return out
 
 
-def fit(
-    bank: Bank, ids: np.ndarray, rows: np.ndarray, classes: int, task: Task, read: tuple[int | None, bool]
-) -> Heads:
-    """AdamW with a cosine to zero on some rows of the bank; every seed has its own order and start."""
-    p, device = task.settings, task.device
-    mean, std = _statistics(bank, rows, read, device) if p.batch_norm else (torch.zeros(1), torch.ones(1))
-    mean, std = mean.to(device), std.to(device)
-    generators = [torch.Generator().manual_seed(seed) for seed in task.seeds]
-    width = bank.array("patches", *read).shape[-1]
-    starts = [torch.randn(classes, width, generator=g) * INIT_STD for g in generators]
-    weight = torch.stack(starts).to(device)[:, None].repeat(1, len(p.lrs), 1, 1).requires_grad_()
-    bias = torch.zeros(len(generators), len(p.lrs), classes, device=device, requires_grad=True)
-    batch = min(p.batch_size, len(rows))
-    per_epoch = len(rows) // batch
-    steps, rates = p.epochs * per_epoch, torch.tensor(list(p.lrs), device=device)
-    moments = [[torch.zeros_like(x), torch.zeros_like(x)] for x in (weight, bias)]
-    for step in range(steps):
-        if step % per_epoch == 0:
-            orders = [torch.randperm(len(rows), generator=g).numpy() for g in generators]
-        chosen = np.stack([rows[o[(step % per_epoch) * batch :][:batch]] for o in orders])
-        tokens = bank.tokens(read[0], chosen.ravel(), read[1]).to(device)
-        tokens = ((tokens - mean) / std).reshape(len(generators), -1, width)
-        target, weigh = _shares(torch.from_numpy(ids[chosen.ravel()]).to(device), classes, p.ignore)
-        logits = torch.einsum("spd,slcd->slpc", tokens, weight) + bias[:, :, None]
-        entropy = -(target.view(len(generators), 1, -1, classes) * logits.log_softmax(-1)).sum(-1)
-        share = weigh.view(len(generators), 1, -1)
-        # Summed over heads, averaged over each one's labelled pixels: every head learns as it would alone.
-        loss = ((entropy * share).sum(2) / share.sum(2).clamp(min=1e-9)).sum()
-        grads = torch.autograd.grad(loss, (weight, bias))
-        rate = rates * 0.5 * (1 + math.cos(math.pi * step / steps))
-        _adamw(weight, grads[0], moments[0], rate[:, None, None], p.weight_decay, step + 1)
-        _adamw(bias, grads[1], moments[1], rate[:, None], 0.0, step + 1)
-    return Heads(weight.detach(), bias.detach(), mean, std)
-
-
-@torch.no_grad()
-def _adamw(x: Tensor, grad: Tensor, moments: list[Tensor], rate: Tensor, decay: float, step: int) -> None:
-    """One step of AdamW (Loshchilov & Hutter, 2019) with a rate per head."""
-    first, second = moments
-    first.lerp_(grad, 1 - BETAS[0])
-    second.lerp_(grad.square(), 1 - BETAS[1])
-    x *= 1 - rate * decay
-    x -= rate * (first / (1 - BETAS[0] ** step)) / ((second / (1 - BETAS[1] ** step)).sqrt() + 1e-8)
-
-
 def _shares(ids: Tensor, classes: int, ignore: int) -> tuple[Tensor, Tensor]:
     """ids [B, N, K] -> share of each class among a patch's labelled pixels [B, N, C], and of labelled pixels [B, N]."""
     known = (ids != ignore).float()
-    share = torch.zeros(*ids.shape[:2], classes, device=ids.device)
+    share = known.new_zeros(*ids.shape[:2], classes)
     share.scatter_add_(2, ids.long().clamp(0, classes - 1), known)
     return share / known.sum(2, keepdim=True).clamp(min=1), known.mean(2)
-
-
-def _statistics(bank: Bank, rows: np.ndarray, read, device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every dimension over the tokens of some rows, in float64."""
-    total, squares, count = 0.0, 0.0, 0
-    for part in np.array_split(rows, math.ceil(len(rows) / 64)):
-        x = bank.tokens(read[0], part, read[1]).to(device).flatten(0, 1).double()
-        total, squares, count = total + x.sum(0), squares + x.square().sum(0), count + len(x)
-    mean = total / count
-    return mean.float(), ((squares / count - mean.square()).clamp(min=0) + EPS).sqrt().float()
 
 
 def iou(confusion: Tensor) -> Tensor:
@@ -141,9 +75,10 @@ def iou(confusion: Tensor) -> Tensor:
     return 100 * inside / (confusion.sum(-1) + confusion.sum(-2) - inside)  # 0 / 0 is NaN
 
 
-def choose(heads: Heads, bank: Bank, ids: np.ndarray, rows: np.ndarray, classes: int, task: Task, read) -> list[float]:
+def choose(
+    heads: Heads, rates: int, bank: Bank, ids: np.ndarray, rows: np.ndarray, classes: int, task: Task, read
+) -> list[float]:
     """mIoU of every learning rate on held-out training images, mean over the seeds; at the patches' own resolution."""
-    rates = len(task.settings.lrs)
     found = torch.zeros(len(task.seeds), rates, classes, classes, dtype=torch.int64)
     for part in np.array_split(rows, math.ceil(len(rows) / 16)):
         tokens = bank.tokens(read[0], part, read[1]).to(task.device)
@@ -225,6 +160,7 @@ def run(task: Task) -> Outcome:
     for one, samples in (task.splits.train, task.splits.test):
         mask_of(one, int(samples[0]))  # before the backbone is run
     want = Want.of("patches", p.layer, p.norm)
+    make_head(p.head, task.shapes(want)[0][-1], 2, p.num_heads)  # refused now, not after the backbone has run
     train, test = task.banks(want, kind=kind, stride=stride, labelled=False)
     cut, read = Cut(kind, size, task.loaded.crop_pct, len(task.loaded.mean), stride), (want.layer, want.norm)
     ids = patch_ids(source, train, cut, math.isqrt(train.array("patches", *read).shape[1]))
@@ -234,19 +170,22 @@ def run(task: Task) -> Outcome:
     if not 0 < held.sum() < len(held):
         raise ProbeError(f"{int(held.sum())} of {len(held)} training windows are held out to choose a learning rate; "
                          "use more training images (a tenth is held out)")  # fmt: skip
-    heads = fit(train, ids, np.flatnonzero(~held), classes, task, read)
-    tried = choose(heads, train, ids, np.flatnonzero(held), classes, task, read)
+    lrs = tuple(p.lrs or LRS[p.head])
+    recipe = Recipe(p.head, lrs, p.weight_decay, p.epochs, p.batch_size, p.batch_norm, p.num_heads)
+    heads = fit(train, ids, np.flatnonzero(~held), classes, recipe, task.seeds, read=read, device=task.device,
+                shares=functools.partial(_shares, classes=classes, ignore=p.ignore))  # fmt: skip
+    tried = choose(heads, len(lrs), train, ids, np.flatnonzero(held), classes, task, read)
     best = int(np.argmax(tried))
     confusion = evaluate(heads, best, test, test_source, cut, classes, task, read)
     per_class = iou(confusion.sum(1))
     found = per_class.nanmean(1).tolist()
     numbers = {
         "miou": float(np.mean(found)), "miou_std": spread(found), "miou_seeds": found,
-        "standard_error": standard_error(confusion[0]), "lr": p.lrs[best], "select_miou": tried[best],
+        "standard_error": standard_error(confusion[0]), "lr": lrs[best], "select_miou": tried[best],
         "iou": [None if math.isnan(v) else v for v in per_class.nanmean(0).tolist()], "classes": classes,
-        "grid": [{"lr": lr, "select_miou": m} for lr, m in zip(p.lrs, tried)],
+        "grid": [{"lr": lr, "select_miou": m} for lr, m in zip(lrs, tried)],
     }  # fmt: skip
-    return Outcome(numbers, _words(task, size), heads.weight[0, 0].numel() + classes)
+    return Outcome(numbers, _words(task, size, recipe, heads.head), heads.parameters)
 
 
 def _classes(source: Source, ids: np.ndarray, ignore: int) -> int:
@@ -265,18 +204,20 @@ def _warn_empty(task: Task, source: Source, ids: np.ndarray, classes: int) -> No
         task.warn(f"no training pixel of class {named}: it can only be taken for other classes")
 
 
-def _words(task: Task, size: int) -> str:
+def _words(task: Task, size: int, recipe: Recipe, head: nn.Module) -> str:
     p = task.settings
     seen = f"whole images squashed to {size} x {size}"
     if p.mode == "sliding":
         seen = f"shorter side {size}, windows of {size} with stride {size // 2}, overlapping logits averaged"
-    layer = "the output" if p.layer is None else f"layer {p.layer}"
-    layer += f" ({'with' if p.norm else 'without'} the final norm)"
+    layer = task.where(Want.of("patches", p.layer, p.norm))
     norm = ", standardised per dimension" if p.batch_norm else ""
+    kind = "one linear layer"
+    if recipe.kind == "attentive":
+        kind = f"a query per class that attends to the tokens ({head.heads} heads) and then scores each of them,"
     return (
-        f"Segmentation by one linear layer on frozen patch tokens of {layer}{norm}, {seen}, logits enlarged "
+        f"Segmentation by {kind} on frozen patch tokens of {layer}{norm}, {seen}, logits enlarged "
         f"bilinearly to the original masks; mIoU over the test split's pixels without id {p.ignore}, mean over the "
-        f"classes that occur or are predicted. AdamW, {p.epochs} epochs, {len(p.lrs)} learning rates, chosen by mIoU "
-        f"on a held-out tenth of the training images; no augmentation; mean over {len(task.seeds)} seeds (start and "
-        "order), standard error by bootstrap over the test images."
+        f"classes that occur or are predicted. AdamW, {p.epochs} epochs, {len(recipe.lrs)} learning rates, chosen by "
+        f"mIoU on a held-out tenth of the training images; no augmentation; mean over {len(task.seeds)} seeds (start "
+        "and order), standard error by bootstrap over the test images."
     )

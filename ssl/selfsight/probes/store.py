@@ -78,6 +78,10 @@ class Bank:
         """float32 [n or rows, D] of "pooled", "class" or "mean", in memory."""
         return _rows(self.array(kind, layer, norm), rows)
 
+    def read(self, want: Want) -> Tensor:
+        """The same by what was asked for."""
+        return self.vectors(want.kind, want.layer, norm=want.norm)
+
     def tokens(self, layer: int | None = None, rows: Sequence[int] | None = None, norm: bool = True) -> Tensor:
         """Patch tokens float32 [rows, N, D] of a layer (None: the output), in the order of the rows."""
         return _rows(self.array("patches", layer, norm), rows)

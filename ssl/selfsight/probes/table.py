@@ -86,12 +86,12 @@ def table(cfg: Any) -> int:
 
 def build_rows(cfg: Any) -> list[Row]:
     """The probe configs of all rows, checked before anything runs; ConfigError names the key of the row."""
-    from ..schema import POOLINGS
+    from ..schema import ALL_POOLINGS
 
     changes = _changes(cfg)
     rows = []
     for name in cfg.probes:
-        kind = ["probe=attentive", f"probe.pooling={name}"] if name in POOLINGS else [f"probe={name}"]
+        kind = ["probe=attentive", f"probe.pooling={name}"] if name in ALL_POOLINGS else [f"probe={name}"]
         words = ["checkpoint=-", *kind]
         own = config.load("probe", words).probe
         for given, key in (("seeds", "seeds"), ("images", "bank"), ("test_images", "test")):

@@ -21,7 +21,7 @@ from .identity import How
 from .load import Loaded, choose_workers
 from .masks import need_objects
 from .passes import look_over
-from .readout import Want, layout, plain
+from .readout import Want, layout, norm_acts, plain, resolve
 from .store import Bank, Place, check_sizes, make, plan
 
 TEST_SHARE = 0.2  # of train, where there is no validation split
@@ -116,6 +116,23 @@ class Task:
         """Put arrays of both splits on disk for probes that will ask for them, in one pass."""
         loaded = self.loaded
         self._stored(tuple(wants), Cut("center", loaded.image_size, loaded.crop_pct, len(loaded.mean)))
+
+    def shapes(self, *wants: Want) -> list[tuple[int, ...]]:
+        """Of one row of each array, before it is extracted; ProbeError where there is no such layer or token."""
+        loaded = self.loaded
+        with frozen(plain(loaded.model, loaded.image_size)) as model:
+            found = layout(model, wants, loaded.image_size, len(loaded.mean))
+        return [found.shapes[resolve(want, found.depth).name] for want in wants]
+
+    def where(self, want: Want) -> str:
+        """Of which layer an array is, in words, and whether the final norm was applied."""
+        loaded = self.loaded
+        layer = "the output" if self.settings.get("layer") is None else f"layer {want.layer}"
+        if want.layer is None or not want.norm:
+            return f"{layer} ({'with' if want.norm else 'without'} the final norm)"
+        with frozen(plain(loaded.model, loaded.image_size)) as model:
+            acts = norm_acts(model, want, loaded.image_size, len(loaded.mean))
+        return f"{layer} ({'with the final norm' if acts else 'this backbone has no final norm for it'})"
 
     def depth(self) -> int:
         """Blocks (ViT) or stages (others) whose tokens can be had."""
