@@ -11,16 +11,18 @@ more, and the GPU's own on CUDA. Before anything is timed, the losses of all var
 (adapters start at zero) and the frozen tensors must have kept their bits over two steps.
 
 Memory, in MiB: `held` is what stays between steps (weights once, teacher's own, moments, crops left out); `saved` is
-what the forward keeps for the backward; `peak` (CUDA only) is the most that a step takes on top of what is held, and
-`total` is both.
+what the forward keeps for the backward. On CUDA `peak` is the most that a step takes on top of what is held, and
+`total` is both; on a CPU `total` is by how much two steps raise the memory of a process of their own at its highest.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 import distill_step
@@ -90,6 +92,31 @@ def saved(objective: Distillation, stepper: Ours, batch: Batch) -> float:
     return mib(kept)
 
 
+def raised(args: argparse.Namespace, kind: str) -> float:
+    """MiB by which building and two steps raise the highest memory of this process, which has done nothing else."""
+    torch.set_num_threads(args.threads)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far, which a new process has of its parent
+    before = status("VmRSS")
+    objective, stepper = build(args, kind)
+    batch = distill_step.crops(objective, args.batch)
+    for step in range(2):
+        stepper.gradients(batch, step)
+        stepper.update(step)
+    return (status("VmHWM") - before) / 1024
+
+
+def status(name: str) -> int:
+    """KiB of memory by a line of Linux' /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+def raised_alone(args: argparse.Namespace, kind: str) -> float:
+    """The same in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return round(pool.apply(raised, (args, kind)), 1)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All kinds, taking turns."""
     variants, facts, loss = {}, {}, None
@@ -111,6 +138,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "held_mib": round(held(objective, stepper), 1),
             "saved_mib": round(saved(objective, stepper, batch), 1),
         }
+        if args.device == "cpu" and sys.platform == "linux":
+            facts[kind]["total_mib"] = raised_alone(args, kind)
         variants[kind] = stepper
     timer = Timer(args)
     turns: dict[str, list[Turn]] = {kind: [] for kind in variants}
