@@ -23,6 +23,7 @@ from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .heads import ProbeHead, Stack, build_head
 from .optimizers import LR_BATCH, build_optimizer
+from .protocols import PROTOCOLS
 from .readout import Want
 from .select import held_out
 
@@ -65,17 +66,23 @@ class Recipe(NamedTuple):
     are in memory at once (None: of a whole batch); it changes the memory and the time, not the result.
     """
 
-    optimizer: str = "lars"
-    epochs: float = 90
-    warmup_epochs: float = 10
-    batch_size: int = 4096
+    optimizer: str
+    epochs: float
+    warmup_epochs: float
+    batch_size: int
     batch_norm: bool = True
     zero_bias: bool = False
     options: Mapping[str, Any] = {}
     max_batch: int | None = None
 
 
-EP_LARS = Recipe()  # of efficient probing's benchmark
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+    """By the keys of `probe=attentive`, or of one of its published protocols (`protocols.PROTOCOLS`)."""
+    keys = ("optimizer", "epochs", "warmup_epochs", "batch_size")
+    return Recipe(*(settings[key] for key in keys), max_batch=settings.get("max_batch"))
+
+
+EP_LARS = recipe_of(PROTOCOLS["attentive"]["ep_lars"])  # of efficient probing's benchmark
 
 
 class Setting(NamedTuple):
@@ -397,12 +404,11 @@ def run(task: Task) -> Outcome:
     wanted = _layers(task, p)
     pooling, with_class, options = check_pooling(task, wanted)
     train, test = task.banks(*wants(task, p))
-    recipe = Recipe(p.optimizer, p.epochs, p.warmup_epochs, p.batch_size, max_batch=p.max_batch)
     found = attentive(
         {name: Stored(train, want, with_class) for name, want in wanted.items()}, train.labels,
         {name: Stored(test, want, with_class) for name, want in wanted.items()}, test.labels,
         select=held_out(train.ids), pooling=pooling, lrs=tuple(p.lrs), weight_decays=tuple(p.weight_decays),
-        num_queries=tuple(p.queries) if pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe,
+        num_queries=tuple(p.queries) if pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe_of(p),
         device=task.device, order_seed=task.cfg.seed, **options,
     )  # fmt: skip
     numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}
