@@ -23,6 +23,7 @@ from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .heads import ProbeHead, Stack, build_head
 from .optimizers import LR_BATCH, build_optimizer
+from .progress import Progress
 from .protocols import PROTOCOLS
 from .readout import Want
 from .select import held_out
@@ -222,6 +223,7 @@ def fit(
     generator = torch.Generator().manual_seed(order_seed)
     trainers = [_Trainer(g, recipe, batch, device) for g in groups]
     losses = torch.empty(total, sum(len(g.settings) for g in groups))
+    said = Progress(f"training of {losses.shape[1]} heads", total)
     for step in range(total):
         if step % per_epoch == 0:
             order = torch.randperm(len(rows), generator=generator) if shuffle else torch.arange(len(rows))
@@ -234,6 +236,7 @@ def fit(
                 tokens = _Pieces(sources[layer], pieces, device)
             found.append(trainer.step(tokens, target, pace(step)))
         losses[step] = torch.cat(found)
+        said()
     return losses
 
 
@@ -319,11 +322,13 @@ def accuracy(
     """Top-1 and top-5 accuracy of each head on these rows, in percent. A head that diverged is right nowhere."""
     stack.eval()
     hits = torch.zeros(2, stack.size, dtype=torch.int64)
+    said = Progress(f"scoring of {stack.size} heads", len(rows), "images")
     for part in rows.split(CHUNK):
         logits = stack(source.tokens(part).to(device)).cpu()
         order = logits.topk(min(5, logits.shape[-1]), -1).indices
         right = (order == labels[part].cpu()[None, :, None]) & logits.isfinite().all(-1, keepdim=True)
         hits += torch.stack([right[..., 0].sum(1), right.any(-1).sum(1)])
+        said(len(part))
     return tuple((100 * hits.double() / len(rows)).tolist())
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .optimizers import LR_BATCH, build_optimizer
+from .progress import Progress
 from .readout import Want
 from .select import held_out, spread
 
@@ -173,6 +174,7 @@ def train_heads(
     per_epoch = len(x) // batch
     steps, warmup = how.steps or how.epochs * per_epoch, round(how.warmup_epochs * per_epoch)
     pace = warmup_cosine(batch / LR_BATCH, steps, warmup)
+    said = Progress(f"training of {len(weight)} linear heads", steps)
     for step in range(steps):
         if step % per_epoch == 0:
             order = torch.randperm(len(x), generator=generator) if generator else torch.arange(len(x))
@@ -183,6 +185,7 @@ def train_heads(
         loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(weight)), reduction="sum") / batch
         grads = torch.autograd.grad(loss, (weight, bias))
         optimizer.step({"weight": grads[0], "bias": grads[1]}, lr * pace(step))
+        said()
 
 
 def _check(train: Tensor, train_labels: Tensor, test_labels: Tensor, select: np.ndarray) -> None:
