@@ -4,16 +4,20 @@ import copy
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from golden_cases import assert_close, cases, load, part
+from selfsight import config
 from selfsight.nn.pooling import build_pooling
-from selfsight.probes.attentive import Memory, Recipe, Setting, build_groups, fit, head_losses
+from selfsight.probes import linear
+from selfsight.probes.attentive import EP_LARS, Memory, Setting, build_groups, fit, head_losses
 from selfsight.probes.heads import ProbeHead, Stack, build_head
 from selfsight.probes.optimizers import LARS
-from selfsight.probes.published import PROTOCOLS, dinov2_inputs
+from selfsight.probes.protocols import PROTOCOLS
+from selfsight.probes.store import Bank
 from selfsight.training.schedules import warmup_cosine
 
 # The others of the folder: test_knn.py, test_goldens_conv.py, test_layer_decay.py.
@@ -121,13 +125,14 @@ def test_a_head_trains_and_predicts_as_the_reference(case):
 def test_an_ep_head_trains_as_the_reference():
     """32 steps of LARS with warm-up and cosine; once alone, and once as the second of three stacked heads."""
     info, t = load("probing", "train_trace_ep")
-    config = info["config"]
-    base = config["lr"] * 256 / config["batch"]
-    recipe = Recipe("lars", config["epochs"], config["warmup_epochs"], config["batch"])
+    cfg = info["config"]
+    base = cfg["lr"] * 256 / cfg["batch"]
+    lengths = {"epochs": cfg["epochs"], "warmup_epochs": cfg["warmup_epochs"], "batch_size": cfg["batch"]}
+    recipe = EP_LARS._replace(**lengths)
     for rates in ([base], [base / 2, base, base * 3]):
-        settings = [Setting("last", config["M"], lr, config["wd"], 0) for lr in rates]
+        settings = [Setting("last", cfg["M"], lr, cfg["wd"], 0) for lr in rates]
         sources = {"last": Memory(t["input.tokens"])}
-        (group,) = build_groups(settings, sources, "ep", config["C"], recipe)
+        (group,) = build_groups(settings, sources, "ep", cfg["C"], recipe)
         heads = [group.stack.head(i) for i in range(len(rates))]
         for head in heads:
             head.load_state_dict(head_state(part(t, "state.")))
@@ -141,7 +146,7 @@ def test_an_ep_head_trains_as_the_reference():
             assert_close(head.state_dict()[key].double(), value.double(), key, atol=1e-5)
         with torch.no_grad():
             assert_close(head(t["input.tokens"]), t["output.logits_eval_after"], "logits", atol=1e-5)
-    pace = warmup_cosine(config["lr"], 32, 8)
+    pace = warmup_cosine(cfg["lr"], 32, 8)
     assert [pace(i) for i in range(32)] == pytest.approx(info["lrs"], rel=1e-12)
 
 
@@ -149,14 +154,14 @@ def test_lars_with_maes_linear_probe():
     """Losses of six steps, which see each step's weights, and the last weights: the record has these under the names of
     all six steps (its tensors were not copied)."""
     info, t = load("probing", "lars_mae")
-    config, lrs = info["config"], info["lrs"]
-    pace = warmup_cosine(config["lr"], config["epochs"], config["warmup_epochs"])
+    cfg, lrs = info["config"], info["lrs"]
+    pace = warmup_cosine(cfg["lr"], cfg["epochs"], cfg["warmup_epochs"])
     assert [pace(i + 0.5) for i in range(6)] == pytest.approx(lrs, rel=1e-12)
     head = build_head("cls", 12, 5)
     head.linear.load_state_dict({"weight": t["state.weight0"], "bias": t["state.bias0"]})
     stack = Stack([head]).train()
     params = stack.stacked()
-    optimizer = LARS(params, torch.zeros(1), momentum=config["momentum"], trust=config["trust"])
+    optimizer = LARS(params, torch.zeros(1), momentum=cfg["momentum"], trust=cfg["trust"])
     for i, lr in enumerate(lrs):
         loss = head_losses(stack(t["input.x"][i][:, None]), t["input.y"][i])
         assert_close(loss[0], torch.tensor(info["losses"][i]), f"loss {i}", atol=1e-6)
@@ -180,35 +185,46 @@ def test_lars_with_decay_and_without_a_norm():
         assert_close(params[n][0], t[f"wd.{n}2"], n, atol=1e-6)
 
 
+def dinov2_settings():
+    """Of `probe=linear probe.protocol=dinov2_linear`."""
+    settings = config.load("probe", ["checkpoint=-", "probe=linear"]).probe
+    settings.update(PROTOCOLS["linear"]["dinov2_linear"])
+    return settings
+
+
 def test_dinov2s_grid_of_linear_heads():
-    """Inputs of all four kinds, three SGD steps of two rates each, keyed by input and index."""
+    """Inputs of all four kinds as the command reads them from a bank, three SGD steps of two rates each."""
     _, t = load("probing", "dinov2_linear_grid")
-    cls = [Memory(t[f"input.block{i}.cls"]) for i in range(4)]
-    sources = dinov2_inputs(cls, Memory(t["input.block3.patch"]))
-    official = {"blocks1": "n1_avg0", "blocks1_mean": "n1_avg1", "blocks4": "n4_avg0", "blocks4_mean": "n4_avg1"}
-    rows, rates = torch.arange(5), {"lr0_001": 0.001, "lr0_1": 0.1}
-    recipe = PROTOCOLS["dinov2_linear"].recipe._replace(epochs=3, batch_size=5)
-    settings = [Setting(name, None, lr * 256 / 5, 0.0, 0) for name in sources for lr in rates.values()]
-    groups = build_groups(settings, sources, "cls", 3, recipe)
-    for group in groups:
-        theirs = official[group.layer]
-        assert_close(sources[group.layer].tokens(rows)[:, 0], t[f"output.input_{theirs}"], theirs, atol=0)
-        with torch.no_grad():
-            for name, value in group.stack.stacked().items():
-                key = "state.classifiers_dict.{}_{}." + name
-                value.copy_(torch.stack([t[key.format(theirs, rate)] for rate in rates]))
-    fit(groups, sources, t["input.labels"], rows, recipe, shuffle=False)
-    for group in groups:
-        theirs, stack = official[group.layer], group.stack.eval()
-        logits = stack(sources[group.layer].tokens(rows))
+    cls = [t[f"input.block{i}.cls"].numpy() for i in range(4)]
+    mean = t["input.block3.patch"].mean(1).numpy()
+    arrays = {f"class-{i}-norm": x for i, x in enumerate(cls)} | {"class": cls[3], "mean": mean, "mean-3-norm": mean}
+    columns = {key: np.arange(5) for key in ("ids", "part", "key", "content", "labels")}
+    bank = Bank(columns, arrays, depth=4)
+    official = {"class1": "n1_avg0", "class1+mean": "n1_avg1", "class4": "n4_avg0", "class4+mean": "n4_avg1"}
+    rates = {"lr0_001": 0.001, "lr0_1": 0.1}
+    settings = dinov2_settings()
+    settings.update({"lrs": [lr * 256 / 5 for lr in rates.values()], "steps": 3, "batch_size": 5})
+    assert set(settings.inputs) == set(official)
+    how = linear.recipe_of(settings)
+
+    def recorded(when, theirs, part):
+        return torch.stack([t[f"{when}.classifiers_dict.{theirs}_{rate}.linear.{part}"] for rate in rates])
+
+    assert not how.batch_norm
+    for name in settings.inputs:
+        theirs = official[name]
+        x = linear.join(bank, linear.inputs_of(name, settings.layer, settings.norm))
+        assert_close(x, t[f"output.input_{theirs}"], theirs, atol=0)
+        weight, bias = (recorded("state", theirs, part).requires_grad_() for part in ("weight", "bias"))
+        linear.train_heads(weight, bias, x, t["input.labels"], how, None)
+        assert_close(weight, recorded("state_after3", theirs, "weight"), "weight", atol=1e-5)
+        assert_close(bias, recorded("state_after3", theirs, "bias"), "bias", atol=1e-5)
+        logits = linear._logits(x, weight, bias)
         for i, rate in enumerate(rates):
             assert_close(logits[i], t[f"output.logits_after3.{theirs}_{rate}"], "logits", atol=1e-5)
-            for name, value in stack.stacked().items():
-                key = f"state_after3.classifiers_dict.{theirs}_{rate}.{name}"
-                assert_close(value[i], t[key], key, atol=1e-5)
 
 
 def test_the_published_grid_has_52_heads():
-    protocol, one = PROTOCOLS["dinov2_linear"], Memory(torch.zeros(3, 2, 4))
-    assert len(protocol.lrs) * len(dinov2_inputs([one] * 4, one)) == 52
-    assert len(set(protocol.lrs)) == 13
+    settings = dinov2_settings()
+    how = linear.recipe_of(settings)
+    assert len(how.heads) * len(settings.inputs) == 52 and len(set(how.heads)) == 13

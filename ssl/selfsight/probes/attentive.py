@@ -23,6 +23,8 @@ from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .heads import ProbeHead, Stack, build_head
 from .optimizers import LR_BATCH, build_optimizer
+from .progress import Progress
+from .protocols import PROTOCOLS
 from .readout import Want
 from .select import held_out, spread
 
@@ -65,17 +67,23 @@ class Recipe(NamedTuple):
     are in memory at once (None: of a whole batch); it changes the memory and the time, not the result.
     """
 
-    optimizer: str = "lars"
-    epochs: float = 90
-    warmup_epochs: float = 10
-    batch_size: int = 4096
+    optimizer: str
+    epochs: float
+    warmup_epochs: float
+    batch_size: int
     batch_norm: bool = True
     zero_bias: bool = False
     options: Mapping[str, Any] = {}
     max_batch: int | None = None
 
 
-EP_LARS = Recipe()  # of efficient probing's benchmark
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+    """By the keys of `probe=attentive`, or of one of its published protocols (`protocols.PROTOCOLS`)."""
+    keys = ("optimizer", "epochs", "warmup_epochs", "batch_size")
+    return Recipe(*(settings[key] for key in keys), max_batch=settings.get("max_batch"))
+
+
+EP_LARS = recipe_of(PROTOCOLS["attentive"]["ep_lars"])  # of efficient probing's benchmark
 
 
 class Setting(NamedTuple):
@@ -215,6 +223,7 @@ def fit(
     generator = torch.Generator().manual_seed(order_seed)
     trainers = [_Trainer(g, recipe, batch, device) for g in groups]
     losses = torch.empty(total, sum(len(g.settings) for g in groups))
+    said = Progress(f"training of {losses.shape[1]} heads", total)
     for step in range(total):
         if step % per_epoch == 0:
             order = torch.randperm(len(rows), generator=generator) if shuffle else torch.arange(len(rows))
@@ -227,6 +236,7 @@ def fit(
                 tokens = _Pieces(sources[layer], pieces, device)
             found.append(trainer.step(tokens, target, pace(step)))
         losses[step] = torch.cat(found)
+        said()
     return losses
 
 
@@ -312,11 +322,13 @@ def accuracy(
     """Top-1 and top-5 accuracy of each head on these rows, in percent. A head that diverged is right nowhere."""
     stack.eval()
     hits = torch.zeros(2, stack.size, dtype=torch.int64)
+    said = Progress(f"scoring of {stack.size} heads", len(rows), "images")
     for part in rows.split(CHUNK):
         logits = stack(source.tokens(part).to(device)).cpu()
         order = logits.topk(min(5, logits.shape[-1]), -1).indices
         right = (order == labels[part].cpu()[None, :, None]) & logits.isfinite().all(-1, keepdim=True)
         hits += torch.stack([right[..., 0].sum(1), right.any(-1).sum(1)])
+        said(len(part))
     return tuple((100 * hits.double() / len(rows)).tolist())
 
 
@@ -393,12 +405,11 @@ def run(task: Task) -> Outcome:
     wanted = _layers(task, p)
     pooling, with_class, options = check_pooling(task, wanted)
     train, test = task.banks(*wants(task, p))
-    recipe = Recipe(p.optimizer, p.epochs, p.warmup_epochs, p.batch_size, max_batch=p.max_batch)
     found = attentive(
         {name: Stored(train, want, with_class) for name, want in wanted.items()}, train.labels,
         {name: Stored(test, want, with_class) for name, want in wanted.items()}, test.labels,
         select=held_out(train.ids), pooling=pooling, lrs=tuple(p.lrs), weight_decays=tuple(p.weight_decays),
-        num_queries=tuple(p.queries) if pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe,
+        num_queries=tuple(p.queries) if pooling == "ep" else (None,), seeds=task.seeds, recipe=recipe_of(p),
         device=task.device, order_seed=task.cfg.seed, **options,
     )  # fmt: skip
     numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}

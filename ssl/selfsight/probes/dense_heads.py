@@ -21,6 +21,7 @@ from torch.func import functional_call, vmap
 from ..nn.pooling.attend import PoolingError, need_divisor
 from . import ProbeError
 from .optimizers import AdamW
+from .progress import Progress
 from .store import Bank
 
 INIT_STD, EPS = 0.01, 1e-6
@@ -153,6 +154,7 @@ def fit(
     batch = min(recipe.batch_size, len(rows))
     per_epoch = len(rows) // batch
     steps = recipe.epochs * per_epoch
+    said = Progress(f"training of {len(rates)} {recipe.kind} heads", steps)
     for step in range(steps):
         if step % per_epoch == 0:
             orders = [torch.randperm(len(rows), generator=g).numpy() for g in generators]
@@ -166,6 +168,7 @@ def fit(
             grads.append(torch.autograd.grad(losses.sum(), list(own.values())))
         found = {name: torch.cat(parts) for name, parts in zip(params, zip(*grads))}
         optimizer.step(found, rates * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        said()
     return Heads(head, params, mean, std)
 
 

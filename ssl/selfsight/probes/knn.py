@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ProbeError
+from .progress import Progress
 from .readout import Want
 from .select import held_out
 
@@ -79,12 +80,14 @@ def knn(
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     classes = num_classes or int(max(bank_labels.max(), query_labels.max())) + 1
     best: dict[tuple[int, float], list[Tensor]] = {(k, t): [] for k in ks for t in temps}
+    said = Progress("k-NN", len(queries), "queries")
     for similarity, rows in neighbours(bank, queries, max(ks)):
         labels = bank_labels[rows]
         for (k, t), out in best.items():
             scores = vote(similarity[:, :k], labels[:, :k], t, classes)
             # A stable sort settles ties (classes without any vote) by class number, on every device.
             out.append(scores.sort(dim=1, descending=True, stable=True).indices[:, :5])
+        said(len(rows))
     return {setting: _score(torch.cat(out), query_labels) for setting, out in best.items()}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..training.schedules import warmup_cosine
 from . import ProbeError
 from .optimizers import LR_BATCH, build_optimizer
+from .progress import Progress
 from .readout import Want
 from .select import held_out, spread
 
@@ -155,27 +156,37 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fit(x: Tensor, labels: Tensor, classes: int, how: Recipe, seed: int) -> tuple[Tensor, Tensor]:
-    """All heads at once; each sees the same batches in the same order and starts from the same weights."""
+    """All heads of a seed: they start from the same weights and see the same batches in the same order."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(classes, x.shape[1], generator=generator) * INIT_STD
     weight = start.to(x.device).repeat(len(how.heads), 1, 1).requires_grad_()
     bias = torch.zeros(len(how.heads), classes, device=x.device, requires_grad=True)
+    train_heads(weight, bias, x, labels, how, generator)
+    return weight.detach(), bias.detach()
+
+
+def train_heads(
+    weight: Tensor, bias: Tensor, x: Tensor, labels: Tensor, how: Recipe, generator: torch.Generator | None
+) -> None:
+    """Change weight [H, C, D] and bias [H, C] in place. generator: of the order of the batches; None: as they stand."""
     lr, decay = (torch.tensor(v, device=x.device, dtype=torch.float32) for v in zip(*how.heads))
     optimizer = build_optimizer(how.optimizer, {"weight": weight, "bias": bias}, decay)
     batch = min(how.batch_size, len(x))
     per_epoch = len(x) // batch
     steps, warmup = how.steps or how.epochs * per_epoch, round(how.warmup_epochs * per_epoch)
     pace = warmup_cosine(batch / LR_BATCH, steps, warmup)
+    said = Progress(f"training of {len(weight)} linear heads", steps)
     for step in range(steps):
         if step % per_epoch == 0:
-            order = torch.randperm(len(x), generator=generator).to(x.device)
+            order = torch.randperm(len(x), generator=generator) if generator else torch.arange(len(x))
+            order = order.to(x.device)
         rows = order[(step % per_epoch) * batch :][:batch]
         logits = _logits(x[rows], weight, bias)
         # Summed over heads, averaged over the batch: every head gets the gradient that it would get alone.
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(how.heads)), reduction="sum") / batch
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[rows].repeat(len(weight)), reduction="sum") / batch
         grads = torch.autograd.grad(loss, (weight, bias))
         optimizer.step({"weight": grads[0], "bias": grads[1]}, lr * pace(step))
-    return weight.detach(), bias.detach()
+        said()
 
 
 def _check(train: Tensor, train_labels: Tensor, test_labels: Tensor, select: np.ndarray) -> None:
@@ -217,14 +228,20 @@ def inputs_of(name: str, layer: int | None, norm: bool) -> tuple[Want, ...]:
     return tuple(out)
 
 
+def recipe_of(settings: Any) -> Recipe:
+    """By the keys of `probe=linear`."""
+    heads = tuple((lr, wd) for lr in settings.lrs for wd in settings.weight_decays)
+    return Recipe(heads, settings.epochs, settings.steps, settings.batch_size, settings.batch_norm, settings.optimizer,
+                  settings.warmup_epochs)  # fmt: skip
+
+
 def run(task: Task) -> Outcome:
     """Every input, learning rate and weight decay; the best on held-out training images is scored on test."""
     from .task import Outcome
 
     p, names = task.settings, list(task.settings.inputs)
     train, test = task.banks(*wants(task, p))
-    heads = tuple((lr, wd) for lr in p.lrs for wd in p.weight_decays)
-    how = Recipe(heads, p.epochs, p.steps, p.batch_size, p.batch_norm, p.optimizer, p.warmup_epochs)
+    how = recipe_of(p)
     select, best, found, grid = held_out(train.ids), -1.0, None, []
     arrays = {name: inputs_of(name, p.layer, p.norm) for name in names}
     for name in names:
@@ -232,7 +249,9 @@ def run(task: Task) -> Outcome:
         check_select(x, select)
         fitted = fit(x, train.labels, task.classes, how, select=select, seeds=task.seeds, device=task.device)
         means = fitted.accuracy.mean(0).tolist()
-        grid += [{"input": name, "lr": lr, "weight_decay": wd, "select_top1": a} for (lr, wd), a in zip(heads, means)]
+        grid += [
+            {"input": name, "lr": lr, "weight_decay": wd, "select_top1": a} for (lr, wd), a in zip(how.heads, means)
+        ]
         if max(means) > best:
             best, found = max(means), (name, fitted)
     name, fitted = found

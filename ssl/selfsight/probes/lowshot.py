@@ -17,6 +17,7 @@ from ..data.rng import key_of, uniform
 from . import ProbeError
 from .knn import knn
 from .logistic import Scale, choose_cost, fit, predict
+from .progress import Progress
 from .readout import Want
 from .select import spread
 
@@ -56,7 +57,10 @@ def run(task: Task) -> Outcome:
     for word, shots, percent in list(_sizes(task, train.labels.numpy())):  # all are checked before one is computed
         draws = [draw(train.ids, train.labels.numpy(), seed, shots, percent) for seed in task.seeds]
         for kind in p.classifiers:
-            found = [_one(kind, bank[d], labels[d], queries, truth, task) for d in map(torch.from_numpy, draws)]
+            found, said = [], Progress(f"lowshot {word}, {kind}", len(draws), "draws")
+            for d in map(torch.from_numpy, draws):
+                found.append(_one(kind, bank[d], labels[d], queries, truth, task))
+                said()
             top1 = [accuracy for accuracy, _ in found]
             rows.append({"size": word, "classifier": kind, "samples": len(draws[0]), "top1": float(np.mean(top1)),
                          "top1_std": spread(top1), "top1_seeds": top1, "setting": [s for _, s in found]})  # fmt: skip

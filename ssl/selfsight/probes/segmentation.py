@@ -27,6 +27,7 @@ from ..data.source import Source
 from . import ProbeError
 from .cuts import Cut, windows
 from .dense_heads import LRS, Heads, Recipe, fit, make_head
+from .progress import Progress
 from .readout import Want
 from .select import held_out, spread
 
@@ -80,6 +81,7 @@ def choose(
 ) -> list[float]:
     """mIoU of every learning rate on held-out training images, mean over the seeds; at the patches' own resolution."""
     found = torch.zeros(len(task.seeds), rates, classes, classes, dtype=torch.int64)
+    said = Progress("choice of the learning rate", len(rows), "windows")
     for part in np.array_split(rows, math.ceil(len(rows) / 16)):
         tokens = bank.tokens(read[0], part, read[1]).to(task.device)
         truth = torch.from_numpy(ids[part]).to(task.device).long()
@@ -87,6 +89,7 @@ def choose(
             for r in range(rates):
                 guess = heads(tokens, s, r).argmax(-1)[..., None].expand_as(truth)
                 found[s, r] += _confusion(guess, truth, classes, task.settings.ignore)
+        said(len(part))
     return iou(found).nanmean(-1).mean(0).tolist()
 
 
@@ -123,6 +126,7 @@ def merge(logits: Tensor, boxes: np.ndarray, image: tuple[int, int], mask: tuple
 def evaluate(heads: Heads, rate: int, bank: Bank, source: Source, cut: Cut, classes: int, task: Task, read) -> Tensor:
     """Confusion matrices of every test image, int64 [S, n, C, C], on the pixels of its mask."""
     out, ignore = [], task.settings.ignore
+    said = Progress("test masks", len(np.unique(bank.ids)), "images")
     for id, rows in rows_by_sample(bank):
         mask, image = mask_of(source, id)
         truth = torch.from_numpy(mask.astype(np.int64)).to(task.device)
@@ -137,6 +141,7 @@ def evaluate(heads: Heads, rate: int, bank: Bank, source: Source, cut: Cut, clas
             guess = merge(maps, boxes, image, mask.shape, cut.size).argmax(0)
             each.append(_confusion(guess, truth, classes, ignore))
         out.append(torch.stack(each))
+        said()
     return torch.stack(out, dim=1)
 
 
