@@ -1,8 +1,8 @@
-"""Test-wide settings: few threads (the same sums everywhere), no network, a cache of its own."""
+"""Test-wide settings: one thread (the same sums everywhere), no network, a cache of its own."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
