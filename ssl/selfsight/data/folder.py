@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from .manifest import IMAGES, index_in_cache, load_index, pack, save_index, unpack
-from .source import DataError, Raw, SampleError
+from .source import MAX_FILE, DataError, Raw, SampleError
 
 _NOT_CLASSES = re.compile(
     r"(train|training|val|valid|validation|test|testing|unlabell?ed|images?|imgs?|pictures?|photos?|labels?|masks?|"
@@ -163,6 +164,17 @@ def _list_labels(words: list[str], classes: list[str] | None, path: str) -> tupl
     return np.array([number[word] if word else -1 for word in words], np.int64), classes or used
 
 
+def _content(path: str) -> bytes:
+    """The bytes of a regular file. Anything else could block for ever (a pipe) or never end (a device)."""
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:  # noqa: PTH123
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise SampleError(path, "this is no regular file")
+        if status.st_size > MAX_FILE:
+            raise SampleError(path, f"the file has {status.st_size:,} bytes, more than the limit of {MAX_FILE:,}")
+        return file.read()
+
+
 class Folder:
     """Images of a folder or a list, sorted by path (a list keeps its order); implements `data.source.Source`.
 
@@ -262,7 +274,7 @@ class Folder:
             raise IndexError(f"sample {id} of {len(self)}")
         where = self.where(id)
         try:
-            data = Path(where).read_bytes()
+            data = _content(where)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise SampleError(where, "the file does not exist") from None
         except PermissionError:

@@ -21,6 +21,7 @@ import os
 import re
 import stat
 import tempfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,15 +29,17 @@ from typing import Any
 
 import numpy as np
 
+from ..faults import fault
 from . import cache_dir
-from .source import DataError, Raw, SampleError
+from .source import MAX_FILE, DataError, Raw, SampleError
 from .tar import Member, Reader, scan, split_name, stamp
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
 FIELDS = {"cls": "cls", "json": "json", "mask.png": "mask", "objects.png": "objects", "boxes.json": "boxes"}
 EXTRA = ("mask", "objects", "boxes")
 NO_LABEL, IN_JSON, BAD_LABEL = -1, -2, -3  # codes in the label column
-_MAGIC = b"SELFSIGHT-INDEX 1\n"
+_MAGIC = b"SELFSIGHT-INDEX 2\n"
+_CHECK = 4  # bytes at the end of an index: the CRC-32 of all before
 _EXAMPLES = 5
 
 
@@ -49,9 +52,13 @@ def save_index(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(_MAGIC + json.dumps(header).encode() + b"\n")
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).tobytes())
+            check = 0
+            for part in (_MAGIC + json.dumps(header).encode() + b"\n", *map(np.ascontiguousarray, arrays.values())):
+                file.write(part)
+                check = zlib.crc32(part, check)
+                fault("index.half")
+            file.write(check.to_bytes(_CHECK, "big"))
+        fault("index.written")
         os.chmod(name, 0o644)  # noqa: PTH101
         os.replace(name, path)  # noqa: PTH105
     except BaseException:
@@ -65,8 +72,10 @@ def load_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | Non
         data = path.read_bytes()
     except OSError:
         return None
+    # A flipped bit would be another label, or the bytes of another sample.
+    data, check = data[:-_CHECK], data[-_CHECK:]
     start = data.find(b"\n", len(_MAGIC)) + 1
-    if not data.startswith(_MAGIC) or not start:
+    if not data.startswith(_MAGIC) or not start or zlib.crc32(data).to_bytes(_CHECK, "big") != check:
         return None
     try:
         header, arrays = json.loads(data[len(_MAGIC) : start]), {}
@@ -74,7 +83,7 @@ def load_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | Non
             kind, count = np.dtype(dtype), int(np.prod(shape, dtype=np.int64))
             arrays[name] = np.frombuffer(data, kind, count, start).reshape(shape)
             start += kind.itemsize * count
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None  # cut short or from elsewhere: built again
     return (header, arrays) if start == len(data) else None
 
@@ -315,7 +324,7 @@ def read_classes(path: Path) -> tuple[list[str], bool] | None:
             names = [str(name) for name, _ in sorted(names.items(), key=lambda item: int(item[1]))]
         if not isinstance(names, list) or not names:
             raise TypeError
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not a list of class names, nor {{name: number}}: correct or remove it") from error
     return [str(name) for name in names], of_labels
 
@@ -324,7 +333,7 @@ def json_label(data: bytes, where: str) -> int:
     """The whole number under "label" or "cls" of a .json member, -1 if it has neither; SampleError otherwise."""
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SampleError(where, "its .json cannot be parsed (data.labels=none ignores it)") from None
     value = next((content[k] for k in ("label", "cls") if k in content), None) if isinstance(content, dict) else None
     if value is None:
@@ -453,10 +462,12 @@ class Shards:
         offset, size = self._at["image"][id].tolist()
         if not size:
             raise SampleError(where, "the image is empty (0 bytes)" if offset else _NO_IMAGE)
+        at = {field: self._at[field][id].tolist() for field in ("image", *self._fields)}
+        if (large := max(at.values(), key=lambda place: place[1])[1]) > MAX_FILE:
+            raise SampleError(where, f"one of its members has {large:,} bytes, more than the limit of {MAX_FILE:,}")
         side = self._side.read(shard, id, key) if self._side else {}
         if not self._fields:
             return Raw(key, self._reader.read(shard, offset, size), label, where, **side)
-        at = {field: self._at[field][id].tolist() for field in ("image", *self._fields)}
         at = {field: place for field, place in at.items() if place[0]}
         first = min(offset for offset, _ in at.values())
         last = max(offset + size for offset, size in at.values())

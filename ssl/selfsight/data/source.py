@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 
+MAX_FILE = 1 << 30  # bytes of one image or mask that are read at all
+
+
 class DataError(ValueError):
     """The data set as a whole cannot be used; one sentence names the file or key and what would work."""
 

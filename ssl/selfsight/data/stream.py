@@ -23,7 +23,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from .manifest import FIELDS, IMAGES, NO_LABEL, expand, json_label, split_patterns
 from .rng import hash_ints
-from .source import DataError, Raw, SampleError
+from .source import MAX_FILE, DataError, Raw, SampleError
 
 _TIMEOUT, _RETRY_SECONDS = 60, (1.0, 5.0, 20.0)
 
@@ -57,13 +57,18 @@ def _open(url: str) -> IO[bytes]:
 def _members(urls: Sequence[str], skip_broken: bool) -> Iterator[dict[str, Any]]:
     """Members in webdataset's form {fname, data, __url__}; `{}` ends a shard."""
     for url in urls:
-        name = ""
+        name, current, have = "", None, set()
         try:
             with _open(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Strict) as tar:
                 for info in tar:
-                    extension = (base_plus_ext(info.name)[1] or "").lower()
+                    key, extension = base_plus_ext(info.name)
+                    extension = (extension or "").lower()
                     if info.isreg() and (extension in IMAGES or extension in FIELDS):
                         name = info.name
+                        if key != current:
+                            current, have = key, set()
+                        _refuse_member(url, key, extension, have, info.size)
+                        have.add(extension)
                         yield {"fname": name, "data": tar.extractfile(info).read(), "__url__": url}
                     tar.members = []  # tarfile keeps every header otherwise
         except (OSError, EOFError, tarfile.TarError) as error:
@@ -73,6 +78,13 @@ def _members(urls: Sequence[str], skip_broken: bool) -> Iterator[dict[str, Any]]
             if name:  # webdataset drops a sample that carries this mark
                 yield {"fname": f"{base_plus_ext(name)[0]}.__bad__", "data": b"1", "__url__": url}
         yield {}
+
+
+def _refuse_member(url: str, key: str, extension: str, have: set[str], size: int) -> None:
+    if extension in have:
+        raise DataError(f"{url}: key '{key}' has two .{extension} members: every key must occur once per shard")
+    if size > MAX_FILE:
+        raise DataError(f"{url}: {key}.{extension} has {size:,} bytes, more than the limit of {MAX_FILE:,}")
 
 
 class Stream(IterableDataset):

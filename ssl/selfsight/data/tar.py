@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 import time
 import zlib
@@ -22,6 +23,7 @@ from .source import DataError
 
 BLOCK = 512
 AHEAD = 8 * BLOCK  # read at once: the headers around small members (.cls) then cost one system call
+_LONGEST = 1 << 20  # bytes of an extended header
 _REGULAR = b"0\x007"  # regular, old regular, contiguous
 _WITHOUT_DATA = b"123456"  # links, devices, directories, fifos: their size field counts no data
 _COMPRESSED = {  # magic bytes -> (name, command that unpacks, suffix)
@@ -153,6 +155,9 @@ class _Scan:
             )
 
     def data(self, at: int, size: int) -> bytes:
+        if size > _LONGEST:
+            raise DataError(f"{self.path} is damaged: the header at byte {at - BLOCK - self.start:,} says {size:,} "
+                            "bytes; write it again")  # fmt: skip
         return os.pread(self.fd, self.check(at, size), at)
 
     def check(self, at: int, size: int, name: str = "a header") -> int:
@@ -179,7 +184,10 @@ class _Scan:
             raise DataError(f"{self.path} holds a sparse file: write it again without `tar --sparse`")
         name = extra.get("path") or self.long_name or _name(block)
         self.local, self.long_name = {}, None
-        return name, int(extra["size"]) if "size" in extra else size
+        try:
+            return name, int(extra["size"]) if "size" in extra else size
+        except ValueError:
+            raise DataError(f"{self.path}: the pax header of {name} has no size; write the tar again") from None
 
     def members(self) -> list[Member]:
         found: list[Member] = []
@@ -218,9 +226,12 @@ def scan(path: str | os.PathLike, start: int = 0, size: int | None = None) -> li
     Raises DataError, naming the file, for compressed, sparse, truncated or damaged archives and for non-tars.
     """
     path = os.fspath(path)
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would wait for its other end
     try:
-        stop = os.fstat(fd).st_size if size is None else start + size
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path} is no regular file, so it cannot be read by position: copy its content to one")
+        stop = status.st_size if size is None else start + size
         _refuse_not_tar(path, os.pread(fd, 8, start), stop - start)
         return _Scan(fd, path, start, stop).members()
     finally:

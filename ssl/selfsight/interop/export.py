@@ -30,6 +30,7 @@ from ..data import open_source
 from ..data.loader import Samples
 from ..data.order import Order
 from ..data.stream import Stream
+from ..faults import fault
 from ..probes.bank import crop_share
 from ..training import checkpoint
 from ..training.judge import clean, fixed_ranges, spoiled
@@ -159,6 +160,7 @@ def export_backbone(
         (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (tmp / "README.md").write_text(write_card(config, card, str(out)))
         verify(backbone, tmp, image_size, verify_images)
+        fault("export.written")
         swap(tmp, out)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

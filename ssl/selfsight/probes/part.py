@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..faults import fault
+
 COLUMNS = {"ids": "int64", "part": "int64", "labels": "int64", "key": "uint64", "content": "uint64"}
 HEADER = 128  # bytes; constant, so that the number of rows can be filled in at the end
 CHECKED = 256 << 20  # bytes of an array that are compared with their checksum when it is opened
@@ -81,8 +83,10 @@ class Part:
             self.crc[name] = zlib.crc32(data, self.crc[name])
         self.done, self.rows = self.done + samples, self.rows + len(columns["ids"])
         self.bad += [list(b) for b in bad]
+        fault("bank.rows", self.done)
         note = {"done": self.done, "rows": self.rows, "bad": self.bad, "crc": self.crc}
         replace_text(self.folder / "progress.json", json.dumps(note), sync=False)  # a flush per batch would be slow
+        fault("bank.noted", self.done)
 
     def finish(self, target: Path, facts: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         """Fill in the number of rows, write everything through to the disk, and let the folder appear as `target`."""
@@ -100,10 +104,12 @@ class Part:
             "arrays": {name: value for name, value in about.items() if name not in COLUMNS},
         }
         replace_text(self.folder / "bank.json", json.dumps(meta, indent=1))
+        fault("bank.finished", self.done)
         if target.exists():  # where there are no locks, another process was quicker
             self.remove()
         else:
             self.folder.rename(target)
+            fault("bank.renamed", self.done)
             (target / "progress.json").unlink(missing_ok=True)  # last: until here a killed process can continue
         return target, meta
 

@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..faults import fault
+
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})$")
 
@@ -83,13 +85,16 @@ def save(
         for name, tensors in files.items():
             cpu = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
             write_tensors(cpu, tmp / f"{name}.safetensors")
+            fault("checkpoint.file", step)
         (tmp / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | dict(meta), indent=1))
+        fault("checkpoint.written", step)
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(tmp.iterdir())}
         for path in tmp.iterdir():
             _fsync(path)
         (tmp / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
         _fsync(tmp / "MANIFEST.json")
         _fsync(tmp)
+        fault("checkpoint.manifest", step)
         if final.exists():  # the same step again (a replay after a fall-back)
             _remove(final)
         tmp.rename(final)
@@ -97,9 +102,11 @@ def save(
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+    fault("checkpoint.renamed", step)
     _replace_text(folder / "latest", final.name)
     if best:
         _replace_text(folder / "best", final.name)
+    fault("checkpoint.latest", step)
     prune(folder, keep_last, protect)
     return final
 
@@ -145,7 +152,10 @@ def load(path: Path, file: str = "model") -> tuple[dict[str, Tensor], dict]:
     meta = json.loads((path / "state.json").read_text())
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {meta.get('format')}; this version reads format {FORMAT}")
-    return load_file(path / f"{file}.safetensors"), meta
+    try:
+        return load_file(path / f"{file}.safetensors"), meta
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}/{file}.safetensors is no safetensors file ({error})") from None
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -184,6 +194,7 @@ def prune(folder: Path, keep_last: int, protect: Collection[int] = ()) -> None:
 def _remove(path: Path) -> None:
     trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
     path.rename(trash)  # gone at once for readers, also when deleting takes long or is killed
+    fault("checkpoint.trash")
     shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..config import ConfigError
+from ..faults import fault
 from . import checkpoint, replay
 from .evals import Evals
 from .log import Bar, Metrics, Speed, duration, log_line
@@ -124,6 +125,7 @@ class AfterStep(pl.Callback):
 
     def _after_step(self, trainer: pl.Trainer, module: Module) -> None:
         plan, step = self.plan, module.step
+        fault("step.end", step)
         self.speed.step()
         self.bar.step()
         last = step == plan.total_steps

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..faults import fault
 from ..objectives.objective import Objective
 from ..views.photo import prepare
 from ..views.spec import Batch
@@ -73,6 +74,7 @@ class Module(pl.LightningModule):
         self.finite = finite if self.finite is None else self.finite & finite
         self.recent.append((self.step, finite, batch))
         self.last_logs = logs
+        fault("step.forward", self.step)
         return loss
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
@@ -105,6 +107,7 @@ class Module(pl.LightningModule):
             group["lr"] = lr * group.get("lr_scale", 1.0)
             group["weight_decay"] = decay if group["decayed"] else 0.0
         optimizer.step(closure=optimizer_closure)
+        fault("step.update", self.step)
         if self.finite is None or self.finite.device.type == "cuda" or bool(self.finite):
             self.objective.after_step(self.step)
         self.step += 1

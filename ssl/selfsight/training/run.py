@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..data.rng import hash_ints
 from ..data.source import DataError, Source
 from ..data.statistics import mean_std
 from ..data.stream import Stream
+from ..faults import fault
 from ..objectives import build_objective
 from ..objectives.objective import Objective
 from . import checkpoint, provenance
@@ -39,10 +41,11 @@ from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
 from .start import fill, keep, kept, open_start
-from .stop import StopFlag
+from .stop import StopFlag, peer_is_gone
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
 SMOKE = 10  # a run of fewer steps is a try-out: it is judged only when knn.every_n_steps is given
+LEFTOVERS = (".tmp-export-*", ".old-export-*", ".config.yaml.*", ".report.html-*")  # of a killed process
 FEW_BAD = 8  # bad samples that a run of any size survives
 
 
@@ -104,6 +107,9 @@ class Run:
             with (self.dir / "changes.jsonl").open("a") as f:
                 f.write(json.dumps({"time": time.strftime("%F %T"), "changes": self.changes}) + "\n")
         checkpoint.clean(self.dir / "checkpoints")
+        for pattern in LEFTOVERS:
+            for path in self.dir.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         config.save(self.cfg, self.dir / "config.yaml")
 
     def _open(self) -> Source | Stream:
@@ -170,12 +176,16 @@ class Run:
 
     def done(self) -> bool:
         """Trained, exported and reported; a run that was ended in between does the rest."""
-        written = all((self.dir / f).exists() for f in ("summary.json", "report.html"))
+        written = (self.dir / "report.html").exists() and self._summary().get("steps") == self.total_steps
         to_do = self.evals is not None and self.evals.plan.left(self.start)
         return self.start >= self.total_steps and written and not to_do
 
+    def _summary(self) -> dict:
+        path = self.dir / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def report_done(self) -> dict:
-        summary = json.loads((self.dir / "summary.json").read_text())
+        summary = self._summary()
         if self.rank == 0:
             summary = self._late(summary)
             print(f"This run is finished ({self.start} steps); choose another run_dir= or seed= to train again.\n")
@@ -244,6 +254,15 @@ class Run:
                 trainer.fit(self.module, loader)
             except torch.OutOfMemoryError as error:
                 raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
+            except RuntimeError as error:
+                if world == 1 or not peer_is_gone(error):
+                    raise
+                raise RunStopped(
+                    f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
+                    f"says why it ended ({' '.join(str(error).split())[:120]}); the last checkpoint stands, and the "
+                    "same command continues from it",
+                    7,
+                ) from error
         if after.stopped is not None:
             raise after.stopped
         return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
@@ -393,6 +412,7 @@ class Run:
                 "batch_size": cfg.batch_size,
             },
         )  # fmt: skip
+        fault("summary")
         if self.evals is not None:
             self.evals.wait()
             summary |= {"evals": self.evals.summary()}
@@ -405,6 +425,7 @@ class Run:
         """summary.json, and the page that shows it."""
         from .report import write_report
 
+        (self.dir / "report.html").unlink(missing_ok=True)  # it is there only when it shows this summary
         tmp = self.dir / "summary.tmp"
         tmp.write_text(json.dumps(summary, indent=1) + "\n")
         tmp.replace(self.dir / "summary.json")

@@ -7,6 +7,7 @@ written from inside a handler: it may run in the middle of a backward pass.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from typing import NamedTuple
@@ -88,6 +89,12 @@ class Agreement:
         work.wait()
         self.pending = None
         return Agreed(*values.tolist())
+
+
+def peer_is_gone(error: RuntimeError) -> bool:
+    """Whether this is how torch reports that another process does not answer any more."""
+    text = r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe"
+    return isinstance(error, dist.DistError) or bool(re.search(text, str(error)))
 
 
 class Clock:
