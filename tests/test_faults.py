@@ -1,7 +1,7 @@
 """SIGKILL at named points and at random moments; the same command then ends with the bits of a run left alone.
 
-Training in one and two processes, the index that it builds, `selfsight index`, a bank of features, and `python train.py`
-as a user starts it. `kill_driver` has the processes, `selfsight.faults` the points.
+Training in one and two processes, the index that it builds, `selfsight index`, a bank of features, and `train.py` as
+a user starts it. `kill_driver` has the processes, `selfsight.faults` the points.
 """
 
 import os
@@ -128,7 +128,7 @@ def banking(root):
     return Case(root, words, result)
 
 
-# --- in the default set -------------------------------------------------------------------------------------------------
+# --- in the default set -----------------------------------------------------------------------------------------------
 
 
 def test_kills_change_nothing(tmp_path):
@@ -150,7 +150,7 @@ def test_every_point_is_killed_at():
     assert sorted(point.partition("@")[0] for point in (*TRAINING, *BANK)) == sorted(POINTS)
 
 
-# --- fifty kills --------------------------------------------------------------------------------------------------------
+# --- fifty kills ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

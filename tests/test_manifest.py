@@ -194,7 +194,7 @@ def test_a_missing_folder_names_the_nearest_one(tmp_path):
         ("", "no shards are named"),
         ([], "no shards are named"),
         ("pipe:cat x", "commands are not run"),
-        ("https://x.org/{{0..1}}.tar", "is remote: use data.mode=stream"),
+        ("gs://x.org/{{0..1}}.tar", "gs:// cannot be read; there are http, https, s3, hf"),
         ("{d}/t-{{0..1.tar", "braces do not match|no shard"),
         ("{d}/t-0.tar::{d}/t-0.tar", "named twice"),
     ],

@@ -482,6 +482,10 @@ class Data:
     labels: str = one_of("auto", "auto", "none")
     objects: Any = _field(None, "a pattern of side-car tars such as /d/objects/train-{000000..000099}.tar", _patterns)
     index_dir: str | None = None
+    cache: str | None = None
+    cache_gb: float = number(100.0, 1e-9)
+    retries: int = integer(5, 0)
+    timeout: float = number(60.0, 1e-3)
     mean: Any = _field([0.485, 0.456, 0.406], "auto or one number per channel, [0.5, 0.5, 0.5]", _auto_or_floats)
     std: Any = _field([0.229, 0.224, 0.225], "auto or one number per channel, [0.25, 0.25, 0.25]", _auto_or_floats)
     channels: int = integer(3)
@@ -1034,5 +1038,5 @@ NOT_IN_RESULT = (
     *("run_dir", "allow_change", "num_workers", "log_every_n_steps", "trainer", "logger", "launcher"),
     *("checkpoint", "knn", "pictures", "eval", "objective.recipe", "backbone.decoder", "backbone.local_size"),
     *("backbone.context_size", "backbone.exemplar_size"),
-    *("data.max_bad_fraction", "data.index_dir"),
+    *("data.max_bad_fraction", "data.index_dir", "data.cache", "data.cache_gb", "data.retries", "data.timeout"),
 )

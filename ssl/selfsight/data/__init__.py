@@ -24,7 +24,8 @@ def open_source(data_cfg: Any, split: str) -> Source | Stream | None:
     """The train or val source that a `data` config describes; None when it names no validation data.
 
     data_cfg: attribute access to name (shards | folder | scenes), train, val, root, root_val, mode (exact | stream),
-    labels (auto | none), objects (side-cars of the train split), index_dir; for scenes: size, num_train, num_val,
+    labels (auto | none), objects (side-cars of the train split), index_dir, cache, cache_gb,
+    retries, timeout (of remote shards); for scenes: size, num_train, num_val,
     num_classes, seed. Missing ones are None.
     Raises DataError naming the key when what is named cannot be used.
     """
@@ -79,9 +80,9 @@ def _open_shards(cfg: Any, split: str, labels: str) -> Source | Stream | None:
         return Stream(patterns, labels=labels)
     if mode not in ("exact", "stream"):
         raise DataError(f"data.mode={mode} is neither exact nor stream")
-    from .manifest import Shards
+    from .manifest import Shards, remote_settings
 
-    return Shards(patterns, _index_dir(cfg), labels=labels, objects=objects)
+    return Shards(patterns, _index_dir(cfg), labels=labels, objects=objects, remote=remote_settings(cfg))
 
 
 def _open_folder(cfg: Any, split: str, labels: str) -> Source | None:

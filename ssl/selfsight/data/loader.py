@@ -95,11 +95,16 @@ class Samples(Dataset):
 
     def __init__(self, source: Source, order: Order, views: Views, seed: int, channels: int = 3):
         self.source, self.order, self.seed, self.cutter = source, order, seed, Cutter(views, channels)
+        self.fetch_ahead = getattr(source, "fetch_ahead", None)  # of shards that may lie elsewhere
+        if check := getattr(source, "check_order", None):
+            check(order)
 
     def __getitem__(self, positions: range) -> Batch:
         """Batch of the samples at these positions; a pure function of (seed, positions) and the data."""
         where = np.arange(positions.start, positions.stop, dtype=np.int64)
         keys, ids = key_of(self.seed, where), self.order(where)
+        if self.fetch_ahead:
+            self.fetch_ahead(self.order, positions.stop)
         batch = self.cutter.empty(len(where))
         for i, position in enumerate(where.tolist()):
             for attempt in range(MAX_SUBSTITUTES + 1):

@@ -25,14 +25,30 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..faults import fault
 from . import cache_dir
+from .remote import (
+    FSSPEC,
+    HTTP,
+    REMOTE,
+    Cache,
+    RemoteReader,
+    Settings,
+    ask_all,
+    indexes,
+    is_remote,
+    refuse_small,
+    small_file,
+)
 from .source import MAX_FILE, DataError, Raw, SampleError
 from .tar import Member, Reader, scan, split_name, stamp
+
+if TYPE_CHECKING:
+    from .order import Order
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
 FIELDS = {"cls": "cls", "json": "json", "mask.png": "mask", "objects.png": "objects", "boxes.json": "boxes"}
@@ -41,6 +57,7 @@ NO_LABEL, IN_JSON, BAD_LABEL = -1, -2, -3  # codes in the label column
 _MAGIC = b"SELFSIGHT-INDEX 2\n"
 _CHECK = 4  # bytes at the end of an index: the CRC-32 of all before
 _EXAMPLES = 5
+LOOK_AHEAD = 2048  # positions whose remote shards are fetched ahead
 
 
 # ---- the index file ------------------------------------------------------------------------------------------
@@ -279,7 +296,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     names = split_patterns(patterns)
     for name in names:
         if re.match(r"[a-z][a-z0-9+.-]+://", name) and not name.startswith("file://"):
-            raise DataError(f"{name} is remote: use data.mode=stream (http and https), or copy the shards first")
+            raise DataError(f"{name} is remote, and these files must be local: copy them first")
         path = os.path.expanduser(name.removeprefix("file://").removeprefix("file:"))  # noqa: PTH111
         if os.path.isdir(path):  # noqa: PTH112
             example = f"{path.rstrip('/')}/*.tar"
@@ -347,9 +364,10 @@ def json_label(data: bytes, where: str) -> int:
 
 
 class Shards:
-    """Samples of local tar shards by number; implements `data.source.Source`.
+    """Samples of tar shards by number; implements `data.source.Source`.
 
-    patterns: paths with braces `{000000..000099}` or globs, "::" between several, or a list of such.
+    patterns: paths with braces `{000000..000099}` or globs, "::" between several, or a list of such; or addresses with
+    braces, whose files are kept in a cache (`data.remote`, settings: `remote`).
     index_dir: where to keep the indexes (None: beside the shards, else the cache folder).
     labels: "auto" reads .cls and .json; "none" ignores them. fields: which of mask, objects, boxes to read.
     objects: patterns of side-car tars whose objects and boxes take the place of the shards' own (`data.sidecar`).
@@ -365,14 +383,20 @@ class Shards:
         fields: Sequence[str] = EXTRA,
         describe: str | None = None,
         objects: str | Sequence[str] | None = None,
+        remote: Settings | None = None,
     ):
-        self.paths = expand(patterns)
+        names = split_patterns(patterns)
         index_dir = None if index_dir is None else Path(index_dir)
-        found = open_indexes(self.paths, index_dir)
+        self._remote = any(map(is_remote, names))
+        if self._remote:
+            found = self._open_remote(names, index_dir, remote or Settings(), objects)
+        else:
+            self.paths = expand(patterns)
+            found = open_indexes(self.paths, index_dir)
+            self._reader = Reader(self.paths, [tuple(header["stamp"]) for header, _ in found])
         headers = [header for header, _ in found]
         self.lengths: list[int] = [int(header["n"]) for header in headers]
         self._starts: list[int] = [0, *itertools.accumulate(self.lengths)]  # bisected: quicker than numpy for one id
-        self._reader = Reader(self.paths, [tuple(header["stamp"]) for header in headers])
         self._columns([arrays for _, arrays in found])
         self._side = None
         if objects:
@@ -390,7 +414,7 @@ class Shards:
             for path, header in zip(self.paths, headers)
             for example in header["examples"]
         ][:_EXAMPLES]
-        names = read_classes(Path(self.paths[0]).parent / "classes.json")
+        names = self._read_classes()
         self.classes: list[str] | None = names[0] if names else None
         self._num_labels = len(names[0]) if names and names[1] else None
         self.labelled = self._labels_on and any(self._first_label(id) for id in range(min(64, len(self))))
@@ -401,6 +425,52 @@ class Shards:
         self.describe = describe or f"shards {self.paths[0]}{more}"
         if self._side or 0 < self.num_with_objects < len(self):
             self.describe += f", object masks on {self.num_with_objects:,} of {len(self):,} images"
+
+    def _open_remote(self, names: list[str], index_dir: Path | None, settings: Settings, objects: Any) -> list[Any]:
+        """Indexes of shards that lie elsewhere, and a reader that fetches them."""
+        for name in names:
+            if not is_remote(name):
+                raise DataError(f"{name} is local and {next(filter(is_remote, names))} is not: name one kind of shards")
+            if (scheme := REMOTE.match(name)["scheme"]) not in (*HTTP, *FSSPEC):
+                raise DataError(f"{name}: {scheme}:// cannot be read; there are {', '.join((*HTTP, *FSSPEC))}")
+            if not name.endswith(".tar"):
+                raise DataError(f"{name}: a shard by number is a plain .tar; use data.mode=stream for anything else")
+        if len(set(names)) < len(names):
+            raise DataError(f"{next(n for n in names if names.count(n) > 1)} is named twice: name every shard once")
+        if objects:
+            raise DataError(f"data.objects={objects} needs local shards; copy the shards first")
+        self.paths, cache = names, Cache(settings)
+        abouts = ask_all(names, settings)
+        self._reader = RemoteReader(names, abouts, cache)
+        return indexes(names, abouts, cache, index_dir)
+
+    def _read_classes(self) -> tuple[list[str], bool] | None:
+        """Of classes.json beside the first shard."""
+        if not self._remote:
+            return read_classes(Path(self.paths[0]).parent / "classes.json")
+        url = f"{self.paths[0].rpartition('/')[0]}/classes.json"
+        data = small_file(url, self._reader.cache.settings)
+        if data is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "classes.json"
+            path.write_bytes(data)
+            try:
+                return read_classes(path)
+            except DataError as error:
+                raise DataError(str(error).replace(str(path), url)) from None
+
+    def check_order(self, order: Order) -> None:
+        """DataError if remote shards are to be read in an order that their cache is too small for."""
+        if self._remote:
+            refuse_small(order, self.lengths, self._reader.abouts, self._reader.cache.settings)
+
+    def fetch_ahead(self, order: Order, position: int) -> None:
+        """Fetch remote shards that samples from this position on need, in the background."""
+        if self._remote and self._reader.may_fetch():
+            ids = order(np.arange(position, position + LOOK_AHEAD))
+            shards = np.searchsorted(self._starts, ids, side="right") - 1
+            self._reader.fetch_ahead(list(dict.fromkeys(shards.tolist())))
 
     def _columns(self, shards: list[dict[str, np.ndarray]]) -> None:
         """Join the shards' arrays into one column per field."""
@@ -487,13 +557,24 @@ def _without_image(path: str, key: str, odd: list[str]) -> str:
     return f"{path}, key {key}{dots}"
 
 
+def remote_settings(cfg: Any) -> Settings:
+    """The keys of a `data` config that say how remote shards are fetched; missing ones are the usual."""
+    given = {name: getattr(cfg, key, None) for name, key in
+             (("cache", "cache"), ("gb", "cache_gb"), ("retries", "retries"), ("timeout", "timeout"))}  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if "cache" in given:
+        given["cache"] = Path(given["cache"]).expanduser()
+    return Settings(**given)
+
+
 def index(cfg: Any) -> None:
     """Run `selfsight index`: build the indexes of data.train and data.val ahead of time, and say what is in them."""
     index_dir = cfg.data.index_dir or None
     for split in ("train", "val"):
         if patterns := getattr(cfg.data, split):
             objects = getattr(cfg.data, "objects", None) if split == "train" else None
-            source = Shards(patterns, index_dir and Path(index_dir).expanduser(), objects=objects)
+            folder = index_dir and Path(index_dir).expanduser()
+            source = Shards(patterns, folder, objects=objects, remote=remote_settings(cfg.data))
             first = next(iter(source.no_image_examples), None)
             missing = f", {source.no_image:,} of them without an image, e.g. {first}" if first else ""
             print(f"{split}: {source.describe}: {len(source):,} samples{missing}")

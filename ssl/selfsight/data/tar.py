@@ -272,6 +272,10 @@ class Reader:
         self.__dict__.update(state)
         self._reset()
 
+    def opened(self, number: int) -> _Fd:
+        """A file, newly opened."""
+        return _Fd(self.paths[number])
+
     def _file(self, number: int) -> _Fd:
         if self._pid != os.getpid():  # a fork may have copied the lock while it was held
             self._reset()
@@ -279,7 +283,7 @@ class Reader:
         if last == number:
             return file
         with self._lock:
-            file = self._open.pop(number, None) or _Fd(self.paths[number])
+            file = self._open.pop(number, None) or self.opened(number)
             self._open[number], self._last = file, (number, file)
             if len(self._open) > self.limit:
                 self._open.popitem(last=False)

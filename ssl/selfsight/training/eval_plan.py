@@ -28,7 +28,8 @@ from .jobs import held, job_number
 
 NO_LABELS = ("rotation", "segmentation")  # the second needs masks, which reading tells
 SAME = ("probe", "data", "which", "image_size", "seed", "bank.precision", "bank.dtype", "bank.channels_last")
-NOT_SAME = ("data.max_bad_fraction", "data.index_dir", "probe.protocol")
+NOT_SAME = ("data.max_bad_fraction", "data.index_dir", "data.cache", "data.cache_gb", "data.retries", "data.timeout",
+            "probe.protocol")  # fmt: skip
 
 
 class EvalPlan:
