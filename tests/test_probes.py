@@ -413,6 +413,25 @@ def test_poolings_that_cannot_be_are_refused_before_anything_is_extracted(run, d
     assert not (tmp_path / "banks").exists()
 
 
+@pytest.mark.parametrize(("name", "words", "sentence"), [
+    ("knn", ("probe.k=121",), r"k=121 neighbours of a bank of 120 samples; choose 1 <= k <= 120"),
+    ("knn", ("probe.k=[1,115]",), r"held-out training images to choose by, and 120 are too few for k=115"),
+    ("linear", ("probe.bank=1",), r"probe=linear chooses .* of 1 images 0 are left to fit on: use more"),
+    ("rotation", ("probe.bank=1",), r"probe=rotation chooses"),
+    ("attentive", ("probe.bank=2", "probe.queries=[4]"), r"fits on at least 2; of 2 images 1 are left"),
+    ("attentive", ("probe.batch_size=1",), r"probe\.batch_size=1 leaves the head's batch norm without statistics"),
+    ("lowshot", ("probe.shots=[1,121]",), r"probe\.shots=121 images per class, and the training split has 120 in all"),
+    ("knn", ("image_size=30",), r"image_size=30 is not filled by this backbone's patches of 4 pixels; use 28 or 32"),
+    ("linear", ("probe.inputs=[class4]", "probe.layer=1"), r"class4 reads four blocks up to probe\.layer=1"),
+    ("knn", ("probe.layer=-5",), r"layer -5 of a backbone with 4: choose 0 to 3 or -4 to -1"),
+    ("layerwise", ("probe.layers=[0,9]",), r"layer 9 of a backbone with 4"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_refused_before_anything_is_extracted(run, data, tmp_path, name, words, sentence):
+    with pytest.raises(ProbeError, match=sentence):
+        run(name, data["train"], data["val"], *words)
+    assert not (tmp_path / "banks").exists()
+
+
 def test_poolings_of_the_config_are_those_that_exist():
     from selfsight.nn.pooling import POOLINGS
     from selfsight.schema import POOLINGS as named

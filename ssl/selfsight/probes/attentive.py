@@ -402,6 +402,7 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     p = task.settings
+    task.need_held_out(at_least=2)  # batch statistics
     wanted = _layers(task, p)
     pooling, with_class, options = check_pooling(task, wanted)
     train, test = task.banks(*wants(task, p))
@@ -431,6 +432,8 @@ def check_pooling(task: Task, wanted: Mapping[str, Want]) -> tuple[str, bool, di
     p = task.settings
     pooling, with_class = p.pooling.removesuffix(ALL), p.pooling.endswith(ALL)
     options = {} if p.num_heads is None else {"num_heads": p.num_heads}
+    if p.batch_size < 2:
+        raise ProbeError("probe.batch_size=1 leaves the head's batch norm without statistics; use 2 or more")
     if options and "num_heads" not in inspect.signature(POOLINGS[pooling]).parameters:
         headed = [name for name, cls in POOLINGS.items() if "num_heads" in inspect.signature(cls).parameters]
         raise ProbeError(f"probe.num_heads={p.num_heads}: the pooling {pooling} has no number of heads to choose; it "

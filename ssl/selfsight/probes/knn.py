@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,10 +106,25 @@ def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Ten
             raise ProbeError(f"k-NN {name}: {missing} of {len(labels)} samples have no label; all need one")
         if not torch.isfinite(x).all():
             raise ProbeError(f"k-NN {name}: features contain NaN or infinity; the backbone has diverged")
-    if not 1 <= k <= len(bank):
-        raise ProbeError(f"k={k} neighbours of a bank of {len(bank)} samples; choose 1 <= k <= {len(bank)}")
+    check_k(k, len(bank))
     if min(temps) <= 0:
         raise ProbeError(f"k-NN temperature {min(temps)} must be positive; 0.07 is usual")
+
+
+def check_k(k: int, bank: int) -> None:
+    """ProbeError where a bank of so many samples has no k neighbours."""
+    if not 1 <= k <= bank:
+        raise ProbeError(f"k={k} neighbours of a bank of {bank} samples; choose 1 <= k <= {bank}")
+
+
+def check_counts(ids: np.ndarray, ks: Sequence[int], temps: Sequence[float]) -> Tensor:
+    """bool [n], the training images that choose among several settings; ProbeError where they are too few for k."""
+    check_k(max(ks), len(ids))
+    held = torch.from_numpy(held_out(ids))
+    if len(ks) * len(temps) > 1 and not 0 < int(held.sum()) < len(held) - max(ks):
+        raise ProbeError(f"several k or temperatures need held-out training images to choose by, and {len(held)} "
+                         f"are too few for k={max(ks)}; give one k and one temperature")  # fmt: skip
+    return held
 
 
 def wants(task: Task, settings: Any) -> list[Want]:
@@ -126,17 +142,15 @@ def run(task: Task) -> Outcome:
     if masks != "none" and want != Want("pooled"):
         raise ProbeError(f"probe.masks={masks} looks at the pooled feature of the output with its final norm; leave "
                          "probe.layer and probe.norm out")  # fmt: skip
+    check_counts(task.splits.train[1], ks, temps)
     train, test = task.banks(want, masks=masks)
+    held = check_counts(train.ids, ks, temps)  # once more: some may have been unusable
     bank, labels, queries = train.read(want).to(task.device), train.labels.to(task.device), test.read(want)
     options = {"ks": ks, "temps": temps, "center": center, "num_classes": task.classes}
     found = knn(bank, labels, queries.to(task.device), test.labels.to(task.device), **options)
     best, setting = (ks[0], temps[0]), f"Weighted {ks[0]}-nearest-neighbour vote (T = {temps[0]})"
     rows = [{"k": k, "temperature": t, "top1": found[k, t].top1, "top5": found[k, t].top5} for k, t in found]
     if len(found) > 1:
-        held = torch.from_numpy(held_out(train.ids))
-        if not 0 < int(held.sum()) < len(held) - max(ks):
-            raise ProbeError(f"several k or temperatures need held-out training images to choose by, and {len(held)} "
-                             f"are too few for k={max(ks)}; give one k and one temperature")  # fmt: skip
         tried = knn(bank[~held], labels[~held], bank[held], labels[held], **options)
         best = max(tried, key=lambda pair: tried[pair].top1)
         setting = (f"Weighted k-nearest-neighbour vote (k of {list(ks)} and T of {list(temps)} chosen on a held-out "

@@ -240,6 +240,7 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     p, names = task.settings, list(task.settings.inputs)
+    task.need_held_out()
     train, test = task.banks(*wants(task, p))
     how = recipe_of(p)
     select, best, found, grid = held_out(train.ids), -1.0, None, []

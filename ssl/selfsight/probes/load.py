@@ -52,6 +52,24 @@ def load_backbone(
     image_size: None = the size it was trained at. step: last | best | a number, of a run folder. masks: other than
     "none" needs a run folder, opened through its checkpoint: only our `Backbone` restricts its pooled feature.
     """
+    loaded = _load(checkpoint, which, image_size, step, masks)
+    if image_size:
+        need_patches(loaded.model, image_size)
+    return loaded
+
+
+def need_patches(model: nn.Module, size: int) -> None:
+    """ProbeError for images that patches do not fill: timm would leave the border out and say nothing."""
+    embed = next((m for name, m in model.named_modules() if name.split(".")[-1] == "patch_embed"), None)
+    patch = getattr(embed, "patch_size", None)
+    patch = patch if isinstance(patch, int) else patch[0] if isinstance(patch, (tuple, list)) else None
+    if patch and size % patch:
+        below = size // patch * patch
+        choices = f"{below} or {below + patch}" if below else f"{patch}"
+        raise ProbeError(f"image_size={size} is not filled by this backbone's patches of {patch} pixels; use {choices}")
+
+
+def _load(checkpoint: str | None, which: str | None, image_size: int | None, step: str | int, masks: str) -> Loaded:
     if not checkpoint:
         raise ProbeError("a probe needs checkpoint=<run folder, export folder, or name of a timm model>")
     folder = Path(checkpoint).expanduser()

@@ -49,7 +49,10 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     p = task.settings
-    (want,) = wants(task, p)
+    (want,), images = wants(task, p), len(task.splits.train[1])
+    if p.shots and max(p.shots) > images:
+        raise ProbeError(f"probe.shots={max(p.shots)} images per class, and the training split has {images} in all; "
+                         "leave larger numbers out")  # fmt: skip
     train, test = task.banks(want)
     bank, queries = train.read(want).to(task.device), test.read(want).to(task.device)
     labels, truth = train.labels.to(task.device), test.labels.to(task.device)

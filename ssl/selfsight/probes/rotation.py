@@ -30,6 +30,7 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     _refuse_turned(task)
+    task.need_held_out()
     p = task.settings
     train, test = task.banks(Want("pooled"), kind="rotations", labelled=False)
     how = Recipe(tuple((lr, 0.0) for lr in p.lrs), p.epochs, None, p.batch_size)

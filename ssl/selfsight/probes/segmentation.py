@@ -165,6 +165,7 @@ def run(task: Task) -> Outcome:
     for one, samples in (task.splits.train, task.splits.test):
         mask_of(one, int(samples[0]))  # before the backbone is run
     want = Want.of("patches", p.layer, p.norm)
+    task.need_held_out()
     make_head(p.head, task.shapes(want)[0][-1], 2, p.num_heads)  # refused now, not after the backbone has run
     train, test = task.banks(want, kind=kind, stride=stride, labelled=False)
     cut, read = Cut(kind, size, task.loaded.crop_pct, len(task.loaded.mean), stride), (want.layer, want.norm)

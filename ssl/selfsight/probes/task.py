@@ -22,6 +22,7 @@ from .load import Loaded, choose_workers
 from .masks import need_objects
 from .passes import look_over
 from .readout import Want, layout, norm_acts, plain, resolve
+from .select import held_out
 from .store import Bank, Place, check_sizes, make, plan
 
 TEST_SHARE = 0.2  # of train, where there is no validation split
@@ -116,6 +117,17 @@ class Task:
         """Put arrays of both splits on disk for probes that will ask for them, in one pass."""
         loaded = self.loaded
         self._stored(tuple(wants), Cut("center", loaded.image_size, loaded.crop_pct, len(loaded.mean)))
+
+    def need_held_out(self, at_least: int = 1) -> None:
+        """ProbeError, before anything is extracted, where the training split is too small to choose settings on a part
+        of it and to fit on the rest, of `at_least` so many images."""
+        ids = self.splits.train[1]
+        held = int(held_out(ids).sum()) if len(ids) else 0
+        if not held or len(ids) - held < at_least:
+            raise ProbeError(
+                f"probe={self.settings.name} chooses its settings on a held-out tenth of the training images and fits "
+                f"on at least {at_least}; of {len(ids):,} images {len(ids) - held:,} are left to fit on: use more"
+            )
 
     def shapes(self, *wants: Want) -> list[tuple[int, ...]]:
         """Of one row of each array, before it is extracted; ProbeError where there is no such layer or token."""
