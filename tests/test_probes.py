@@ -13,10 +13,11 @@ from selfsight.interop.export import export_backbone
 from selfsight.probes import ProbeError, logistic
 from selfsight.probes.knn import knn
 from selfsight.probes.linear import INPUTS, Recipe, _fit, inputs_of
+from selfsight.probes.load import Loaded
 from selfsight.probes.lowshot import draw
 from selfsight.probes.readout import Want
 from selfsight.probes.retrieval import retrieve
-from selfsight.probes.run import probe
+from selfsight.probes.run import probe, result_path
 from selfsight.probes.select import held_out
 from selfsight.schema import ConfigError
 
@@ -467,7 +468,7 @@ def test_features_are_kept_or_not_and_what_was_there_stays(run, data, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_backbone_runs(run, data, tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(ProbeError, match=r"taken cannot hold the result \(.*\); use out="):
+    with pytest.raises(ProbeError, match=r"taken cannot hold the result: .*taken is no folder; use out="):
         run("knn", data["train"], data["val"], f"out={tmp_path / 'taken'}")
     assert not (tmp_path / "banks").exists()
 
@@ -489,3 +490,44 @@ def test_the_error_of_rotations_is_that_of_images():
 
     hits, ids = torch.tensor([True, True, True, True, False, False, False, False]), np.repeat([0, 1], 4)
     assert _error(hits, ids) == pytest.approx(100 * 0.5 / 2**0.5)  # two images that agree with themselves
+
+
+def test_settings_that_make_another_measurement_make_another_file():
+    def name(*words):
+        return result_path(config.load("probe", ["checkpoint=-", "out=o", *words])).name
+
+    assert name("probe=knn") == "knn.json" and name("probe=knn", "probe.k=5") == "knn.json"
+    assert name("probe=knn", "probe.protocol=dino_knn") == "knn-dino_knn.json"
+    assert name("probe=linear", "probe.layer=3", "probe.norm=false") == "linear-layer3-raw.json"
+    assert name("probe=segmentation") == "segmentation.json"
+    assert name("probe=segmentation", "probe.head=attentive") == "segmentation-attentive.json"
+    assert name("probe=layerwise") == "layerwise-gap.json"
+    assert name("probe=layerwise", "probe.norm=true") == "layerwise-gap-norm.json"
+    assert name("probe=retrieval", "probe.gallery=test") == "retrieval-test.json"
+
+
+def test_what_the_labels_and_the_size_forbid_is_said_before_the_backbone_runs(run, data, tmp_path):
+    with pytest.raises(ProbeError, match=r"k=21 neighbours of a bank of 20 samples"):
+        run("knn", data["train"], data["val"], "probe.k=21", "probe.bank=20")
+    with pytest.raises(ProbeError, match="probe=linear needs labels"):
+        run("linear", data["train"], data["val"], "data.labels=none")
+    assert not (tmp_path / "banks").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "kind", "says"), [
+    ("vit_tiny_patch16_224", "patches", "with the final norm"),
+    ("convnext_atto", "patches", "this backbone has no final norm for it"),  # timm norms after pooling
+    ("convnext_atto", "pooled", "with the final norm"),
+    ("resnet18", "pooled", "this backbone has no final norm for it"),
+])  # fmt: skip
+def test_the_words_about_the_norm_are_what_was_done(name, kind, says):
+    import timm
+
+    from selfsight.probes.task import Task
+
+    args = {"img_size": 32} if name.startswith("vit") else {}
+    model = timm.create_model(name, num_classes=0, **args).eval()
+    task = Task.__new__(Task)
+    task.loaded = Loaded(model, (0.5,) * 3, (0.25,) * 3, 32, 1.0, {"backbone": name}, None, name, args)
+    assert task.norm_words([Want(kind)]) == says
+    assert task.norm_words([Want(kind, -1, False)]) == "without the final norm"

@@ -415,7 +415,7 @@ def run(task: Task) -> Outcome:
     )  # fmt: skip
     numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}
     parameters = sum(v.numel() for v in found.best.heads[0].parameters() if v.requires_grad)
-    return Outcome(numbers, _words(task, list(wanted), len(found.grid)), parameters)
+    return Outcome(numbers, _words(task, wanted, len(found.grid)), parameters)
 
 
 def wants(task: Task, settings: Any) -> list[Want]:
@@ -471,10 +471,10 @@ def _numbers(chosen: Chosen) -> dict[str, Any]:
     return {"top1": chosen.top1} | spread | {"top1_seeds": chosen.top1_per_seed, "top5": chosen.top5} | settings
 
 
-def _words(task: Task, names: list[str], heads: int) -> str:
+def _words(task: Task, wanted: Mapping[str, Want], heads: int) -> str:
     p = task.settings
     protocol = f"After {p.protocol}. " if p.get("protocol") else ""
-    norm = "with" if p.norm else "without"
+    norm = task.norm_words(wanted.values())
     pooling = p.pooling.removesuffix(ALL)
     if p.num_heads is not None:
         pooling += f" ({p.num_heads} heads)"
@@ -482,7 +482,7 @@ def _words(task: Task, names: list[str], heads: int) -> str:
         pooling += " over class token and patch tokens"
     return (
         f"{protocol}Pooling {pooling}, batch norm without affine and one linear layer on frozen tokens of "
-        f"{', '.join(names)} ({norm} the final norm) of un-augmented images: {heads} heads (layer x queries x learning "
+        f"{', '.join(wanted)} ({norm}) of un-augmented images: {heads} heads (layer x queries x learning "
         f"rate x weight decay x seed) trained side by side with {p.optimizer}, {p.epochs} epochs, {p.warmup_epochs:g} "
         f"of warm-up, cosine to zero, batch {p.batch_size:,} at most; layer and setting were chosen on a held-out "
         "tenth of the training images by the mean over seeds, and scored once on the test split. A seed decides how a "

@@ -127,10 +127,12 @@ def _pooled(model: nn.Module, patches: Tensor, prefix: Tensor | None, norm: bool
 
 @torch.no_grad()
 def norm_acts(model: nn.Module, want: Want, size: int, channels: int = 3) -> bool:
-    """Whether the final norm changes this array: hierarchical models have none that an earlier stage could take."""
+    """Whether the final norm changes this array: hierarchical models have none that an earlier stage could take, and
+    some apply theirs only after pooling, so that their patches are without it."""
     noise = torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0))
-    depth = layout(model, [want], size, channels).depth
-    with_norm, without = (resolve(want._replace(norm=norm), depth) for norm in (True, False))
+    raw = want._replace(norm=False, layer=-1 if want.layer is None else want.layer)
+    depth = layout(model, [raw], size, channels).depth
+    with_norm, without = resolve(want._replace(norm=True), depth), resolve(raw, depth)
     found = read_out(model, noise.to(next(model.parameters())), [with_norm, without])
     return not torch.equal(found[with_norm.name], found[without.name])
 

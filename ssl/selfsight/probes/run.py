@@ -144,25 +144,29 @@ def _seen(task: Task) -> str:
 
 
 def result_path(cfg: Any) -> Path:
-    """Where the JSON of a probe goes: `<out>/<probe>.json`, of heads with a pooling `<out>/<probe>-<pooling>.json`."""
-    pooling = cfg.probe.get("pooling")
-    return out_folder(cfg) / f"{cfg.probe.name}{f'-{pooling}' if pooling else ''}.json"
+    """Where the JSON of a probe goes: `<out>/<probe>.json`, with what makes it another measurement in its name, so
+    that none overwrites another: pooling, head, protocol, layer, norm, gallery, for example attentive-ep-raw.json."""
+    p = cfg.probe
+    words = [p.name, p.get("pooling"), None if p.get("head") == "linear" else p.get("head"), p.get("protocol")]
+    words += [f"layer{p.layer}"] if p.get("layer") is not None else []
+    if "norm" in p and p.norm == (p.name == "layerwise"):  # not as usual
+        words.append("norm" if p.norm else "raw")
+    words += ["test"] if p.get("gallery") == "test" else []
+    return out_folder(cfg) / f"{'-'.join(str(word) for word in words if word)}.json"
 
 
 def _try_out(cfg: Any) -> None:
     """ProbeError where the result could not be written: said now, not after the work."""
-    path = result_path(cfg)
-    tmp = path.with_name(f".{path.name}-{os.getpid()}")
-    new = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.touch()
-        tmp.unlink()
-        for folder in new:  # a probe that fails leaves nothing behind
-            folder.rmdir()
-    except OSError as error:
-        raise ProbeError(f"{path.parent} cannot hold the result ({error.strerror}); use out=<a folder that can be "
-                         "written>") from error  # fmt: skip
+    refuse_unwritable(result_path(cfg).parent)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """ProbeError where a folder cannot be made or written to. Only looked at: a probe that fails leaves nothing
+    behind, and another one may be making the same folder."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is no folder" if not there.is_dir() else "cannot be written to"
+        raise ProbeError(f"{folder} cannot hold the result: {there} {what}; use out=<a folder that can be written>")
 
 
 def _write(cfg: Any, result: dict[str, Any]) -> Path:

@@ -151,7 +151,12 @@ def make(asked: Plan) -> Bank:
             except FileNotFoundError:  # somebody removed their features between our look and our opening them
                 continue
         return _make(asked, folder)
+    except ProbeError:
+        _tidy(folder)
+        raise
     except OSError as error:
+        if error.errno in FULL:
+            _tidy(folder)
         if error.errno in FULL:
             raise ProbeError(
                 f"the disk of {root} is full: the unfinished bank was removed; free some space, or use "
@@ -182,12 +187,17 @@ def remove(made: Iterable[Path]) -> None:
     """Take extractions off the disk (`Bank.made`), and their folders where nothing else is left."""
     for path in made:
         shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError), (path.parent / LOCK).open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever works there keeps the folder
-            if [p.name for p in path.parent.iterdir()] == [LOCK]:
-                shutil.rmtree(path.parent)
-        with contextlib.suppress(OSError):  # the root, if it was made for this bank alone
-            path.parent.parent.rmdir()
+        _tidy(path.parent)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the folder of a bank if nothing is in it, and its root if that was made for it alone."""
+    with contextlib.suppress(OSError), (folder / LOCK).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever works there keeps the folder
+        if [p.name for p in folder.iterdir()] == [LOCK]:
+            shutil.rmtree(folder)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
 
 
 def _open(found: list[tuple[Path, dict]], names: list[str], depth: int, describe: str) -> Bank:
@@ -308,12 +318,19 @@ class Need(NamedTuple):
 
 def need(asked: Plan) -> Need:
     """What is missing of a bank."""
-    found = _found(asked.folder, asked.facts, mend=False) if asked.folder.is_dir() else []
+    try:
+        found = _found(asked.folder, asked.facts, mend=False)
+    except FileNotFoundError:  # not there, or removed meanwhile
+        found = []
     arrays = asked.arrays(missing := _missing(asked.names, found))
     rows = len(asked.ids) * count_crops(asked.source, asked.ids, asked.cut) if missing else 0
     per = {n: rows * int(np.prod(shape)) * np.dtype(dtype).itemsize for n, (shape, dtype) in arrays.items()}
     part = asked.folder / f".part-{_title(missing)}"
-    return Need(per, sum(per.values()), sum(p.stat().st_size for p in part.glob("*.npy")))
+    have = 0
+    for path in part.glob("*.npy"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+            have += path.stat().st_size
+    return Need(per, sum(per.values()), have)
 
 
 def check_sizes(plans: Sequence[Plan]) -> None:
@@ -342,8 +359,9 @@ def _choices(asked: Plan, needs: Sequence[Need], images: int, allowed: float) ->
         choices.append(f"bank.dtype=float16 would take {_gb(half)}")
     if len(patches) > 1:
         choices.append(f"one layer instead of {len(patches)} {_gb(whole / len(patches))}")
-    fits = max(1, int(allowed / whole * images))
-    choices.append(f"{fits} images would fit (probe.bank for the training split, probe.test for the test split)")
+    if fits := int(allowed / whole * images):
+        choices.append(f"{fits} images would fit (probe.bank for the training split, probe.test for the test split)")
+    choices = choices or ["not even one image would fit"]
     return ", ".join(choices)
 
 

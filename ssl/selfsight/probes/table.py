@@ -28,14 +28,20 @@ from ..config import ConfigError
 from ..data.source import DataError
 from . import ProbeError
 from .load import choose_data, choose_device, load_backbone
-from .run import Together, probe
+from .run import Together, probe, refuse_unwritable
 from .store import remove
 from .task import Task
 
 COLOURS = ("#486cd6", "#d64e80", "#2a9d6f", "#ec8e2c", "#9654c8", "#777777")
 STYLE_ATTRIBUTES = 'style="background:white" font-family="sans-serif" font-size="11"'
 STYLE = ".line{fill:none;stroke-width:2}.rule{stroke:#ddd}"
-FAILURES = (ProbeError, DataError, BackboneError)  # of one row; the others may still have their numbers
+FAILURES = (
+    ProbeError,
+    DataError,
+    BackboneError,
+    ConfigError,
+    OSError,
+)  # of one row; the others may still have their numbers
 SHARED = ("step", "which", "image_size", "batch_size", "num_workers", "seed", "device", "bank")
 
 
@@ -67,6 +73,7 @@ def table(cfg: Any) -> int:
     """Fill the table of a resolved config (`config.load("table", ...)`); 1 if a row could not be had, else 0."""
     checkpoints, rows = names(cfg.checkpoint), build_rows(cfg)
     out = Path(cfg.out or Path("tables") / "-".join(checkpoints))
+    refuse_unwritable(out)
     for checkpoint in checkpoints.values():  # a wrong one is said now, not after the rows of the others
         load_backbone(checkpoint, cfg.which, cfg.image_size, cfg.step)
     found: list[Found] = []
@@ -74,12 +81,14 @@ def table(cfg: Any) -> int:
     said: set[str] = set()
     for name, checkpoint in checkpoints.items():
         together = Together(said, set())
-        facts["extraction_seconds"][name] = _extract(rows, checkpoint, together)
-        for row in rows:
-            found.append(_one(row, name, checkpoint, out / name / row.name, together))
-            _write(out, found, facts)  # after every row, so that what is there survives an interruption
-        if not cfg.bank.keep:
-            remove(together.made)
+        try:
+            facts["extraction_seconds"][name] = _extract(rows, checkpoint, together)
+            for row in rows:
+                found.append(_one(row, name, checkpoint, out / name / row.name, together))
+                _write(out, found, facts)  # after every row, so that what is there survives an interruption
+        finally:
+            if not cfg.bank.keep:
+                remove(together.made)
     print(f"\n{markdown(found, facts)}\n{out}/table.md, table.json", flush=True)
     return int(any(f.failed for f in found))
 
@@ -99,7 +108,10 @@ def build_rows(cfg: Any) -> list[Row]:
         if name == "segmentation":
             words += _masks(cfg)
         words += [f"probe.{key}={value}" for key, value in changes.get(name, {}).items()]
-        made = config.load("probe", words)
+        try:
+            made = config.load("probe", words)
+        except ConfigError as error:
+            raise ConfigError(f"row {name}: {error}") from None
         if made.data is None:
             made.data = cfg.data
         for key in SHARED:
@@ -155,15 +167,24 @@ def names(checkpoint: Any) -> dict[str, str]:
 def _extract(rows: list[Row], checkpoint: str, together: Together) -> float | None:
     """One pass over the images for all rows that see whole images; its seconds. None: the rows come one by one."""
     began = time.monotonic()
-    alike = [row for row in rows if row.cfg.data == rows[0].cfg.data and row.cfg.probe.bank == rows[0].cfg.probe.bank]
+    first = rows[0].cfg
+    alike = [row for row in rows if row.cfg.data == first.data
+             and all(row.cfg.probe[key] == first.probe[key] for key in ("bank", "test"))]  # fmt: skip
     modules = [(row, importlib.import_module(f".{row.cfg.probe.name}", __package__)) for row in alike]
     modules = [(row, module) for row, module in modules if hasattr(module, "wants")]
     if not modules:
         return None
     try:
-        task = _task(modules[0][0], checkpoint, together)
-        task.store(dict.fromkeys(w for row, module in modules for w in module.wants(task, row.cfg.probe)))
-    except FAILURES as error:  # one row asks for what this backbone has not, or all together are too much
+        task, wanted = _task(modules[0][0], checkpoint, together), {}
+        for row, module in modules:
+            try:
+                asked = module.wants(task, row.cfg.probe)
+                task.shapes(*asked)
+            except FAILURES:  # this row asks for what the backbone has not, and will say so itself
+                continue
+            wanted |= dict.fromkeys(asked)
+        task.store(wanted)
+    except FAILURES as error:  # all together are too much, or there are no data
         print(f"features are extracted row by row: {error}", flush=True)
         return None
     together.made.update(task.made)

@@ -17,7 +17,7 @@ from ..interop.export import is_run
 from . import ProbeError
 from .bank import extract, frozen, subset
 from .cuts import Cut
-from .identity import How
+from .identity import How, _label
 from .load import Loaded, choose_workers
 from .masks import need_objects
 from .passes import look_over
@@ -25,6 +25,8 @@ from .readout import Want, layout, norm_acts, plain, resolve
 from .select import held_out
 from .store import Bank, Place, check_sizes, make, plan
 
+NO_LABEL = -1
+LOOKED_AT = 1000  # samples of a split whose labels are looked at first
 TEST_SHARE = 0.2  # of train, where there is no validation split
 MANY_CLASSES = 1000  # a head of more classes than this needs at least a training sample per ten of them
 
@@ -81,6 +83,9 @@ class Task:
         those are kept in memory only.
         """
         loaded = self.loaded
+        if labelled:  # before the backbone runs; every label is looked at later
+            for source, ids in self.splits[:2]:
+                need_labels(source, [_label(source, i) for i in ids[:LOOKED_AT].tolist()], self.settings.name)
         cut = Cut(kind, loaded.image_size, loaded.crop_pct, len(loaded.mean), stride)
         if masks == "none":
             self.train, self.test = self._stored(wants, cut)
@@ -106,7 +111,7 @@ class Task:
         """Labels, classes, and samples that both splits share."""
         if labelled:
             for (source, _), bank in zip((self.splits.train, self.splits.test), (self.train, self.test)):
-                need_labels(source, bank, self.settings.name)
+                need_labels(source, bank.labels.tolist(), self.settings.name)
             self.classes = self._count_classes()
         if shared := overlap(self.train, self.test):
             keys, same = shared
@@ -138,13 +143,22 @@ class Task:
 
     def where(self, want: Want) -> str:
         """Of which layer an array is, in words, and whether the final norm was applied."""
-        loaded = self.loaded
         layer = "the output" if self.settings.get("layer") is None else f"layer {want.layer}"
-        if want.layer is None or not want.norm:
-            return f"{layer} ({'with' if want.norm else 'without'} the final norm)"
+        return f"{layer} ({self.norm_words([want])})"
+
+    def norm_words(self, wants: Iterable[Want]) -> str:
+        """Whether the final norm was applied to these arrays, as far as this backbone has one for them."""
+        wants, loaded = list(wants), self.loaded
+        if not all(want.norm for want in wants):
+            return "without the final norm"
         with frozen(plain(loaded.model, loaded.image_size)) as model:
-            acts = norm_acts(model, want, loaded.image_size, len(loaded.mean))
-        return f"{layer} ({'with the final norm' if acts else 'this backbone has no final norm for it'})"
+            try:
+                acts = [norm_acts(model, want, loaded.image_size, len(loaded.mean)) for want in wants]
+            except ProbeError:  # a model whose layers cannot be read
+                return "as the model gives it"
+        if all(acts):
+            return "with the final norm"
+        return "with the final norm where there is one" if any(acts) else "this backbone has no final norm for it"
 
     def depth(self) -> int:
         """Blocks (ViT) or stages (others) whose tokens can be had."""
@@ -255,12 +269,12 @@ def _part_of(ids: np.ndarray, count: int | None, words: str) -> tuple[np.ndarray
     return ids[subset(len(ids), count)], f"a fixed part of {count:,} of the {len(ids):,} images of {words}"
 
 
-def need_labels(source: Source, bank: Bank, name: str) -> None:
+def need_labels(source: Source, labels: list[int], name: str) -> None:
     """ProbeError if a sample has no label."""
-    missing = int((bank.labels < 0).sum())
+    missing = sum(label == NO_LABEL for label in labels)
     if missing:
         raise ProbeError(
-            f"probe={name} needs labels, and {missing:,} of {len(bank.labels):,} samples of {source.describe} have "
+            f"probe={name} needs labels, and {missing:,} of {len(labels):,} samples of {source.describe} have "
             "none; label them (.cls files or class folders), or use probe=rotation or the RankMe of the run's report"
         )
 
