@@ -97,10 +97,10 @@ def test_points_stay_inside_the_axes(tmp_path):
             assert 0 < x < width and show._TOP <= y < height
 
 
-def probed(path, top1, protocol="by k-NN", test="scenes"):
+def probed(path, top1, protocol="by k-NN", test="scenes", settings=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"probe": "knn", "top1": top1, "standard_error": 1.25, "step": 40, "protocol": protocol, "image_size": 64,
-             "n_bank": 10, "n_query": 5, "data": {"train": "scenes", "test": test}}  # fmt: skip
+             "n_bank": 10, "n_query": 5, "data": {"train": "scenes", "test": test}, "settings": settings}  # fmt: skip
     path.write_text(json.dumps(facts))
     return path
 
@@ -128,6 +128,19 @@ def test_numbers_that_were_measured_differently_carry_letters(tmp_path, capsys, 
     assert [line.split()[-1] for line in text.splitlines()[1:4]] == ["a", "b", "a"]
     notes = text.split("not comparable across letters")[1]
     assert "(knn)" in notes and next(iter(other.values())) in notes.split("\n  b  ")[1]
+
+
+def test_settings_that_no_words_name_make_other_numbers(tmp_path, capsys):
+    words = ["checkpoint=-", "probe=lowshot"]
+    all_sizes, one, half = (OmegaConf.to_container(config.load("probe", [*words, *more])) for more in (
+        (), ("probe.shots=[1]", "probe.test=100"), ("bank.precision=bf16-mixed",)))  # fmt: skip
+    for name, settings in (("a", all_sizes), ("b", one), ("c", half)):
+        probed(finished(tmp_path / name) / "probes" / "lowshot.json", 50.0, settings=settings)
+    shown(tmp_path, *(tmp_path / name for name in "abc"))
+    text = capsys.readouterr().out
+    assert [line.split()[-1] for line in text.split("probe, %")[1].splitlines()[1:4]] == ["a", "b", "c"]
+    notes = " ".join(text.split())
+    assert "Not as usual: shots=[1]." in notes and "Not as usual: bank.precision=bf16-mixed." in notes
 
 
 def test_json_files_of_probes_are_compared_like_runs(tmp_path, capsys):

@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
+
+from . import config
 from .results import METRICS, Result, eval_names, eval_results, read_result
+from .schema import ConfigError
 from .training.log import read_metrics
+
+COUNTED = ("name", "protocol", "bank", "test", "seeds")  # said already
+PRECISION = ("precision", "dtype", "channels_last")
 
 Cells = dict[str, Result]  # by column
 
@@ -45,7 +54,25 @@ def measured(result: Result) -> str:
     size, bank, queries = (facts.get(k) for k in ("image_size", "n_bank", "n_query"))
     protocol = facts.get("protocol") or "protocol unknown."
     where = f"trained on {bank} images of {data.get('train')}, tested on {queries} of {data.get('test')}"
-    return f"{METRICS[result.metric]}. {protocol} {size} px; {where}."
+    return f"{METRICS[result.metric]}. {protocol} {size} px; {where}.{_unusual(facts.get('settings') or {})}"
+
+
+def _unusual(settings: Mapping[str, Any]) -> str:
+    """Settings of a probe that are not as usual: words do not name all of them, and each makes another measurement."""
+    probe, bank = settings.get("probe") or {}, settings.get("bank") or {}
+    try:
+        usual = _usual(str(probe["name"]))
+    except (ConfigError, KeyError):  # of another version
+        return ""
+    usually = usual["probe"]
+    odd = [f"{k}={v}" for k, v in probe.items() if k not in COUNTED and usually.get(k, v) != v]
+    odd += [f"bank.{key}={bank[key]}" for key in PRECISION if bank.get(key, usual["bank"][key]) != usual["bank"][key]]
+    return f" Not as usual: {', '.join(odd)}." if odd else ""
+
+
+@cache
+def _usual(name: str) -> dict[str, Any]:
+    return OmegaConf.to_container(config.load("probe", ["checkpoint=-", f"probe={name}"]))
 
 
 def probe_table(rows: Mapping[str, Cells]) -> str:

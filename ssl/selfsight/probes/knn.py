@@ -157,6 +157,7 @@ def run(task: Task) -> Outcome:
                    "tenth of the training images)")  # fmt: skip
         rows = [row | {"select_top1": tried[row["k"], row["temperature"]].top1} for row in rows]
     centred = "centred by the bank's mean, " if center else ""
+    setting = f"After {settings.protocol}. {setting}" if settings.protocol else setting
     words = f"{setting} on pooled features of {task.where(want)}, {centred}cosine similarity, float32."
     numbers = {"top1": found[best].top1, "top5": found[best].top5, "k": best[0], "temperature": best[1], "grid": rows}
     return Outcome(numbers, words)
