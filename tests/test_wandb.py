@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +92,33 @@ def test_a_logger_that_does_not_start_at_all_is_no_reason_to_stop(tmp_path, monk
     sink.log({"loss": 1.0}, 1)
     sink.finish(0)
     assert "W&B cannot be started (no route): metrics.csv has everything" in capsys.readouterr().out
+
+
+def service() -> list[int]:
+    """Processes of W&B that this one has started."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
+    ).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "wandb-core" in line]
+
+
+@pytest.mark.parametrize("logs_again", [True, False])
+def test_rows_outlive_the_service_that_a_signal_to_the_whole_job_ends(tmp_path, logs_again):
+    cfg = OmegaConf.merge(CFG, {"logger": {"mode": "offline"}})
+    wandb.teardown()
+    sink = WandB(cfg, tmp_path)
+    for step in range(100):
+        sink.log({"a long name of a number " + "x" * 100: step}, step)
+    for pid in service():
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(1)
+    if logs_again:
+        sink.log({"loss": 1.0}, 100)
+    sink.finish(143)
+    wandb.teardown()  # waits for the disk
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len({file.name for file in files}) == 1 and len(files) == 2
+    assert files[-1].stat().st_size > 100 * 100 and not sink.failed
 
 
 def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):

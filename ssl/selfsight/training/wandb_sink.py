@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
+import time
 import uuid
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -14,6 +17,8 @@ from omegaconf import OmegaConf
 
 from ..config import ConfigError
 from ..results import Result
+
+UNSAVED = 60.0  # seconds: what the service of W&B has not put on the disk at the latest
 
 
 def logged_in() -> bool:
@@ -40,7 +45,8 @@ class WandB:
             raise ConfigError(
                 f"logger=wandb needs the wandb package ({error}): pip install wandb, or use logger=csv"
             ) from None
-        self.wandb, self.failed, self.run = wandb, False, None
+        self.wandb, self.failed, self.run, self.again = wandb, False, None, False
+        self.recent: deque[tuple[float, dict[str, Any], int]] = deque()  # rows of the last minute
         self.evals: set[str] = set()  # whose axis is known
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
@@ -56,6 +62,7 @@ class WandB:
         self._start(mode)
 
     def _start(self, mode: str) -> None:
+        self.mode, self.run = mode, None
         resume = "allow" if mode == "online" else None
         try:
             self.run = self.wandb.init(mode=mode, resume=resume, **self.options)
@@ -70,7 +77,27 @@ class WandB:
 
     def log(self, row: dict[str, Any], step: int) -> None:
         """Numbers of a step; steps must not go back."""
-        self._try(lambda: self.run.log(row, step=step))
+        now = time.monotonic()
+        self.recent.append((now, row, step))
+        while now - self.recent[0][0] > UNSAVED:
+            self.recent.popleft()
+        try:
+            if self.run is not None and not self.failed:
+                self.run.log(row, step=step)
+        except Exception:
+            self._log_again()
+
+    def _log_again(self) -> None:
+        """Once per session: a signal to all processes of a job ends W&B's service before the run has stopped, and what
+        it had in memory is lost; another one takes the rows of the last minute."""
+        if self.again:
+            return self._try(lambda: self.run.log(self.recent[-1][1], step=self.recent[-1][2]))
+        self.again = True
+        with contextlib.suppress(Exception):
+            self.wandb.teardown()
+        self._start(self.mode)
+        for _, row, step in self.recent:
+            self._try(lambda row=row, step=step: self.run.log(row, step=step))
 
     def evaluation(self, name: str, result: Result, step: int, now: int) -> None:
         """A number of `eval`; it may come in many steps after the checkpoint that it judges, so it has an axis of its
@@ -97,7 +124,16 @@ class WandB:
 
     def finish(self, code: int) -> None:
         """Close the run with the exit status of this process."""
-        self._try(lambda: self.run.finish(exit_code=code))
+        if self.run is None:
+            return
+        try:
+            self.run.finish(exit_code=code)
+        except Exception:
+            self._log_again()
+            self._try(lambda: self.run.finish(exit_code=code))
+        if self.failed:  # or W&B's own last words at the exit are a traceback
+            with contextlib.suppress(Exception):
+                self.wandb.teardown()
 
     def _try(self, call: Any) -> None:
         if self.run is None:
