@@ -531,3 +531,13 @@ def test_the_words_about_the_norm_are_what_was_done(name, kind, says):
     task.loaded = Loaded(model, (0.5,) * 3, (0.25,) * 3, 32, 1.0, {"backbone": name}, None, name, args)
     assert task.norm_words([Want(kind)]) == says
     assert task.norm_words([Want(kind, -1, False)]) == "without the final norm"
+
+
+def test_a_disk_with_room_for_one_split_only_is_refused_before_the_first(run, data, tmp_path, monkeypatch):
+    from selfsight.probes import store
+
+    usage = store.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(total=0, free=70_000))
+    with pytest.raises(ProbeError, match=r"a bank of 150 images takes 0\.1 MB, and .* has room for 0\.1 MB"):
+        run("knn", data["train"], data["val"])  # 61 kB and 15 kB
+    assert not (tmp_path / "banks").exists()
