@@ -1,7 +1,7 @@
 """SIGKILL at named points and at random moments; the same command then ends with the bits of a run left alone.
 
-Training in one and two processes, the index that it builds, `selfsight index`, a bank of features, and `python train.py`
-as a user starts it. `kill_driver` has the processes, `selfsight.faults` the points.
+Training in one and two processes, the index that it builds, `selfsight index`, a bank of features, and the script that
+a user starts. `kill_driver` has the processes, `selfsight.faults` the points.
 """
 
 import os
@@ -14,8 +14,9 @@ import sys
 import pytest
 
 import runs
-from kill_driver import ONE_THREAD, ROOT, Job, assert_same, count, outcome, words_for
+from kill_driver import ONE_THREAD, ROOT, Job, assert_same, command, count, outcome, words_for
 from selfsight.faults import POINTS
+from selfsight.training import checkpoint
 
 STEPS = 16
 TRAINING = [  # in the order in which a run meets them; each takes it a step further
@@ -27,34 +28,36 @@ BANK = ["bank.rows@40", "bank.noted@60", "bank.finished", "bank.renamed"]
 
 
 class Case:
-    """A command, what it comes to when it is left alone, and how long it takes."""
+    """A command, what it comes to when it is left alone, and how much of a processor it uses."""
 
     def __init__(self, root, words, result, ranks=1):
         self.root, self.words, self.result, self.ranks = root, words, result, ranks
         job = self.job("whole")
+        job.spend(float("inf"))
         assert job.wait() == [0] * ranks, job.text()
-        self.expected, self.seconds = result(root / "whole"), job.seconds
+        self.expected, self.used = result(root / "whole"), job.used
 
-    def job(self, name, faults=""):
+    def job(self, name, faults="", target=command):
         (self.root / name).mkdir(exist_ok=True)
-        return Job(self.words(self.root / name), self.root / f"{name}.log", ranks=self.ranks, faults=faults)
+        words, log = self.words(self.root / name), self.root / f"{name}.log"
+        return Job(words, log, ranks=self.ranks, faults=faults, target=target)
 
     def kill_at(self, name, point, rank=None):
-        """Killed by itself at a named point; the other process ends on its own, with a sentence."""
+        """Killed by itself at a named point; the other process ends on its own."""
         where, _, number = point.partition("@")
         faults = f"{where}:kill" + (f"@{number}" if number else "") + (f"%{rank}" if rank is not None else "")
         job = self.job(name, faults)
         self.check(job, job.wait(), rank, point)
 
-    def kill_after(self, name, seconds, rank=None):
-        """Killed from outside after so many seconds; False if it was quicker."""
+    def kill_after(self, name, share, rank=None):
+        """Killed from outside after this share of its work; False if it was quicker."""
         job = self.job(name)
-        job.processes[rank or 0].join(seconds)
-        job.signal(signal.SIGKILL, rank)
+        if job.spend(share * self.used, rank or 0):
+            job.signal(signal.SIGKILL, rank)
         codes = job.wait()
         if codes == [0] * self.ranks:
             return False
-        self.check(job, codes, rank, f"{seconds:.2f} s")
+        self.check(job, codes, rank, f"{share:.0%}")
         return True
 
     def check(self, job, codes, rank, when):
@@ -62,9 +65,9 @@ class Case:
             assert set(codes) == {-signal.SIGKILL}, (when, codes, job.text())
             return
         assert codes[rank] == -signal.SIGKILL, (when, codes, job.text())
-        others = [code for other, code in enumerate(codes) if other != rank]
+        others = {code for other, code in enumerate(codes) if other != rank}
         # 7: it noticed. 0: it had nothing left to do. 1: its partner vanished before they had met.
-        assert set(others) <= {7, 0, 1}, (when, codes, job.text())
+        assert others <= {7, 0, 1}, (when, codes, job.text())
 
     def finish(self, name):
         """The same command once more, to its end; all of it is as if nothing had happened."""
@@ -75,17 +78,19 @@ class Case:
         count("processes compared", self.ranks)
 
     def random_kills(self, kills, seed, ranks=(None,), each=4):
-        """So many kills at random moments, `each` of them on one victim."""
-        draw, done = random.Random(seed), 0
+        """So many kills at random moments, `each` of them on one victim at most."""
+        draw, done, tries = random.Random(seed), 0, 0
         while done < kills:
-            name, here = f"victim-{seed}-{done}", 0
+            name, here = f"victim-{seed}-{tries}", 0
             while here < min(each, kills - done):
-                if not self.kill_after(name, draw.uniform(0.1, 0.95) * self.seconds, draw.choice(ranks)):
+                tries += 1
+                assert tries < 5 * kills, "the victims are quicker than their kills"
+                if not self.kill_after(name, draw.uniform(0.05, 0.95), draw.choice(ranks)):
                     break
                 here += 1
             self.finish(name)
             done += here
-            count("kills at random moments", here)
+        count("kills at random moments", done)
 
     def named_kills(self, points, ranks=(None,)):
         """One victim that is killed at all of these points, one after the other."""
@@ -96,6 +101,7 @@ class Case:
 
 
 def training(root, ranks=1, steps=STEPS):
+    """A run on a shard whose index it makes, with a checkpoint at each step."""
     shard = runs.shard(root / "a.tar", 40)
     return Case(root, lambda folder: words_for(folder, shard, steps, ranks), outcome, ranks)
 
@@ -128,7 +134,7 @@ def banking(root):
     return Case(root, words, result)
 
 
-# --- in the default set -------------------------------------------------------------------------------------------------
+# --- in the default set -----------------------------------------------------------------------------------------------
 
 
 def test_kills_change_nothing(tmp_path):
@@ -150,7 +156,100 @@ def test_every_point_is_killed_at():
     assert sorted(point.partition("@")[0] for point in (*TRAINING, *BANK)) == sorted(POINTS)
 
 
-# --- fifty kills --------------------------------------------------------------------------------------------------------
+# --- other faults of one or two processes -----------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path):
+    case, draw = training(tmp_path, steps=5), random.Random(7)
+    for step, file in enumerate(("model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"), 2):
+        case.kill_at("victim", f"step.forward@{step}")  # the checkpoints of this step and the one before are there
+        path = tmp_path / f"victim/run/checkpoints/step-{step:09d}" / file
+        data = bytearray(path.read_bytes())
+        if draw.random() < 0.5 or file == "MANIFEST.json":
+            path.write_bytes(data[: draw.randrange(len(data))])
+        else:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            path.write_bytes(data)
+    case.finish("victim")
+    said = (tmp_path / "victim.log").read_text()
+    assert said.count("falling back to the one before it") == 4, said
+    count("checkpoints damaged", 4)
+
+
+def with_little_disk(words, log, env):
+    """The command under a limit of the size of a file, as a quota would be: writing fails half-way."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    command(words, log, env)
+
+
+def test_a_disk_that_is_full_stops_a_run_which_continues_when_there_is_room(tmp_path):
+    case = training(tmp_path, steps=5)
+    case.kill_at("victim", "step.forward@2")
+    job = case.job("victim", target=with_little_disk)
+    assert job.wait() == [1], job.text()
+    said = job.text()
+    assert said.count("FAILED") == 2 and "earlier ones stand; make room in" in said and "Traceback" not in said, said
+    assert sorted(p.name[-1] for p in (tmp_path / "victim/run/checkpoints").glob("[!l]*")) == ["1", "2"]
+    case.finish("victim")
+    job = case.job("short", faults="checkpoint.file:full@3")  # for one checkpoint only: the run goes on
+    assert job.wait() == [0], job.text()
+    case.finish("short")
+    count("writes that failed", 4)
+
+
+def spoiled_on_rank_1(words, log, env):
+    """The command with a loss that is not a number, in the second process at step 2; each process tells its weights."""
+    import torch
+
+    from selfsight.objectives.dino import DINO
+    from selfsight.training.checkpoint import unique_state
+    from selfsight.training.loop import AfterStep
+
+    loss, stop = DINO.loss, AfterStep._stop_nonfinite
+
+    def spoiled(self, batch, step):
+        value, logs = loss(self, batch, step)
+        return (value * torch.nan if env["RANK"] == "1" and step == 2 else value), logs
+
+    def told(self, trainer, module):
+        state = b"".join(v.numpy().tobytes() for v in unique_state(module.objective).values())
+        (self.plan.run_dir / f"weights-{self.rank}").write_bytes(state)
+        stop(self, trainer, module)
+
+    DINO.loss, AfterStep._stop_nonfinite = spoiled, told
+    command(words, log, env)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_equal_weights(tmp_path):
+    case = training(tmp_path, ranks=2, steps=5)
+    job = case.job("spoiled", target=spoiled_on_rank_1)
+    assert job.wait() == [4, 4], job.text()
+    run = tmp_path / "spoiled/run"
+    weights = [(run / f"weights-{rank}").read_bytes() for rank in (0, 1)]
+    assert weights[0] == weights[1] and len(weights[0]) > 10_000
+    assert checkpoint.newest(run / "checkpoints").name == "step-000000002"
+    assert sorted(p.name for p in run.glob("nonfinite-*-rank-?.*")) == [
+        f"nonfinite-step-000000002-rank-{rank}.safetensors" for rank in (0, 1)
+    ]
+    for path in [*run.glob("nonfinite-*"), *run.glob("weights-?")]:
+        path.unlink()
+    case.finish("spoiled")
+    count("losses that were not finite")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_saves_and_stops_both(tmp_path, rank):
+    case = training(tmp_path, ranks=2, steps=5)
+    job = case.job("told", faults=f"step.forward:term@2%{rank}")
+    assert job.wait() == [128 + signal.SIGTERM] * 2, job.text()
+    assert "stopped by a signal at step" in job.text()
+    case.finish("told")
+    count("signals to one of two processes")
+
+
+# --- fifty kills ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

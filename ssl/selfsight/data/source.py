@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-
 MAX_FILE = 1 << 30  # bytes of one image or mask that are read at all
 
 
