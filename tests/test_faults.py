@@ -30,8 +30,8 @@ BANK = ["bank.rows@40", "bank.noted@60", "bank.finished", "bank.renamed"]
 class Case:
     """A command, what it comes to when it is left alone, and how much of a processor it uses."""
 
-    def __init__(self, root, words, result, ranks=1):
-        self.root, self.words, self.result, self.ranks = root, words, result, ranks
+    def __init__(self, root, what, words, result, ranks=1):
+        self.root, self.what, self.words, self.result, self.ranks = root, what, words, result, ranks
         job = self.job("whole")
         job.spend(float("inf"))
         assert job.wait() == [0] * ranks, job.text()
@@ -90,20 +90,25 @@ class Case:
                 here += 1
             self.finish(name)
             done += here
-        count("kills at random moments", done)
+        self.count("at random moments", done)
 
     def named_kills(self, points, ranks=(None,)):
         """One victim that is killed at all of these points, one after the other."""
         for number, point in enumerate(points):
             self.kill_at("named", point, ranks[number % len(ranks)])
         self.finish("named")
-        count("kills at named points", len(points))
+        self.count("at named points", len(points))
+
+    def count(self, how, kills):
+        count(f"kills of {self.what}", kills)
+        count(f"kills {how}", kills)
 
 
 def training(root, ranks=1, steps=STEPS):
     """A run on a shard whose index it makes, with a checkpoint at each step."""
     shard = runs.shard(root / "a.tar", 40)
-    return Case(root, lambda folder: words_for(folder, shard, steps, ranks), outcome, ranks)
+    what = "training" if ranks == 1 else "training in two processes"
+    return Case(root, what, lambda folder: words_for(folder, shard, steps, ranks), outcome, ranks)
 
 
 def indexing(root):
@@ -112,7 +117,12 @@ def indexing(root):
     def words(folder):
         return ["index", f"data.train=[{','.join(shards)}]", f"data.index_dir={folder}/index"]
 
-    return Case(root, words, lambda folder: {p.name: p.read_bytes() for p in (folder / "index").glob("[!.]*")})
+    return Case(
+        root,
+        "building an index",
+        words,
+        lambda folder: {p.name: p.read_bytes() for p in (folder / "index").glob("[!.]*")},
+    )
 
 
 def banking(root):
@@ -131,16 +141,29 @@ def banking(root):
         return arrays | {"left": left, "top1": [w for w in (folder / "out/knn.json").read_text().split(",")
                                                 if '"top' in w]}  # fmt: skip
 
-    return Case(root, words, result)
+    return Case(root, "building a bank of features", words, result)
 
 
 # --- in the default set -----------------------------------------------------------------------------------------------
 
 
-def test_kills_change_nothing(tmp_path):
-    case = training(tmp_path, steps=6)
-    case.named_kills(["index.half", "step.update@2", "checkpoint.manifest@3", "checkpoint.trash", "export.written"])
-    case.random_kills(2, seed=1, each=2)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return training(tmp_path_factory.mktemp("one"), steps=6)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return training(tmp_path_factory.mktemp("two"), ranks=2, steps=5)
+
+
+def test_kills_change_nothing(one):
+    one.kill_at("killed", "step.update@1")
+    one.kill_at("killed", "checkpoint.manifest@2")
+    assert one.kill_after("killed", 0.6) or one.kill_after("killed", 0.1)
+    one.finish("killed")
+    one.count("at named points", 2)
+    one.count("at random moments", 1)
 
 
 def test_a_process_that_is_gone_ends_the_other_with_a_sentence(tmp_path):
@@ -150,6 +173,7 @@ def test_a_process_that_is_gone_ends_the_other_with_a_sentence(tmp_path):
     said = [line for line in job.text().splitlines() if line.startswith("stopped: ")]
     assert len(said) == 1 and "process 0 can no longer reach another process" in said[0], job.text()
     assert "Traceback" not in job.text()
+    count("processes that outlived their partner")
 
 
 def test_every_point_is_killed_at():
@@ -159,19 +183,20 @@ def test_every_point_is_killed_at():
 # --- other faults of one or two processes -----------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_left_for_the_one_before(tmp_path):
-    case, draw = training(tmp_path, steps=5), random.Random(7)
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_left_for_the_one_before(one):
+    draw = random.Random(7)
     for step, file in enumerate(("model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"), 2):
-        case.kill_at("victim", f"step.forward@{step}")  # the checkpoints of this step and the one before are there
-        path = tmp_path / f"victim/run/checkpoints/step-{step:09d}" / file
+        one.kill_at("damaged", f"step.forward@{step}")  # the checkpoints of this step and the one before are there
+        path = one.root / f"damaged/run/checkpoints/step-{step:09d}" / file
         data = bytearray(path.read_bytes())
         if draw.random() < 0.5 or file == "MANIFEST.json":
             path.write_bytes(data[: draw.randrange(len(data))])
         else:
             data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
             path.write_bytes(data)
-    case.finish("victim")
-    said = (tmp_path / "victim.log").read_text()
+    one.finish("damaged")
+    said = (one.root / "damaged.log").read_text()
     assert said.count("falling back to the one before it") == 4, said
     count("checkpoints damaged", 4)
 
@@ -184,18 +209,18 @@ def with_little_disk(words, log, env):
     command(words, log, env)
 
 
-def test_a_disk_that_is_full_stops_a_run_which_continues_when_there_is_room(tmp_path):
-    case = training(tmp_path, steps=5)
-    case.kill_at("victim", "step.forward@2")
-    job = case.job("victim", target=with_little_disk)
+@pytest.mark.slow
+def test_a_disk_that_is_full_stops_a_run_which_continues_when_there_is_room(one):
+    one.kill_at("full", "step.forward@2")
+    job = one.job("full", target=with_little_disk)
     assert job.wait() == [1], job.text()
     said = job.text()
     assert said.count("FAILED") == 2 and "earlier ones stand; make room in" in said and "Traceback" not in said, said
-    assert sorted(p.name[-1] for p in (tmp_path / "victim/run/checkpoints").glob("[!l]*")) == ["1", "2"]
-    case.finish("victim")
-    job = case.job("short", faults="checkpoint.file:full@3")  # for one checkpoint only: the run goes on
+    assert sorted(p.name[-1] for p in (one.root / "full/run/checkpoints").glob("[!l]*")) == ["1", "2"]
+    one.finish("full")
+    job = one.job("short", faults="checkpoint.file:full@3")  # for one checkpoint only: the run goes on
     assert job.wait() == [0], job.text()
-    case.finish("short")
+    one.finish("short")
     count("writes that failed", 4)
 
 
@@ -222,11 +247,11 @@ def spoiled_on_rank_1(words, log, env):
     command(words, log, env)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_equal_weights(tmp_path):
-    case = training(tmp_path, ranks=2, steps=5)
-    job = case.job("spoiled", target=spoiled_on_rank_1)
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_equal_weights(two):
+    job = two.job("spoiled", target=spoiled_on_rank_1)
     assert job.wait() == [4, 4], job.text()
-    run = tmp_path / "spoiled/run"
+    run = two.root / "spoiled/run"
     weights = [(run / f"weights-{rank}").read_bytes() for rank in (0, 1)]
     assert weights[0] == weights[1] and len(weights[0]) > 10_000
     assert checkpoint.newest(run / "checkpoints").name == "step-000000002"
@@ -235,17 +260,17 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_equal_weights(
     ]
     for path in [*run.glob("nonfinite-*"), *run.glob("weights-?")]:
         path.unlink()
-    case.finish("spoiled")
+    two.finish("spoiled")
     count("losses that were not finite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_process_saves_and_stops_both(tmp_path, rank):
-    case = training(tmp_path, ranks=2, steps=5)
-    job = case.job("told", faults=f"step.forward:term@2%{rank}")
+def test_a_signal_to_one_process_saves_and_stops_both(two, rank):
+    job = two.job("told", faults=f"step.forward:term@2%{rank}")
     assert job.wait() == [128 + signal.SIGTERM] * 2, job.text()
     assert "stopped by a signal at step" in job.text()
-    case.finish("told")
+    two.finish("told")
     count("signals to one of two processes")
 
 
@@ -294,4 +319,5 @@ def test_kills_of_the_script_that_a_user_starts(tmp_path):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     case.finish("script")
-    count("kills at random moments", 3)
+    case.what = "the script that a user starts"
+    case.count("at random moments", 3)

@@ -8,7 +8,7 @@ from selfsight.data.folder import Folder
 from selfsight.data.manifest import Shards
 from selfsight.data.source import DataError, SampleError
 
-FEW, MANY = 5 * len(fuzz.WAYS), 60 * len(fuzz.WAYS)
+FEW, MANY = 3 * len(fuzz.WAYS), 60 * len(fuzz.WAYS)
 
 
 def cases(first, last, tmp_path):

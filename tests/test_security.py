@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 import runs
 import tars
+from kill_driver import count
 from selfsight import cli
 from selfsight.data import decode
 from selfsight.data.manifest import Shards
@@ -294,6 +295,7 @@ def test_no_file_is_run(trained, tmp_path, capfd, place):
     assert not canary.exists()
     assert code == (0 if place in FINE else 2), said.out[-1000:] + said.err[-2000:]
     assert place in FINE or (said.err.startswith("error: ") and said.err.strip().count("\n") == 0), said.err
+    count("places given a file that would run a command")
 
 
 @pytest.mark.parametrize("make", [pickled, saved, array])
