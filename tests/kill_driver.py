@@ -81,7 +81,7 @@ class Job:
     def __init__(
         self, words: list[str], log: Path, *, ranks: int = 1, faults: str = "", target: Callable[..., None] = command
     ):
-        self.log, self.began = log, time.monotonic()
+        self.log, self.used = log, 0.0
         env = {"SELFSIGHT_FAULTS": faults} if faults else {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -100,6 +100,17 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
 
+    def spend(self, seconds: float, rank: int = 0, limit: float = 300) -> bool:
+        """Wait until a process has used so much of a processor, however busy the machine is; False if it ended first.
+        `used` tells what it has used so far."""
+        until, process = time.monotonic() + limit, self.processes[rank]
+        while process.exitcode is None and time.monotonic() < until:
+            self.used = max(self.used, cpu_seconds(process.pid))
+            if self.used >= seconds:
+                return True
+            process.join(0.005)
+        return False
+
     def wait(self, seconds: float = 300) -> list[int]:
         """Exit codes (negative: by that signal); AssertionError, with nothing left running, if it takes longer."""
         until = time.monotonic() + seconds
@@ -110,7 +121,6 @@ class Job:
         for process in self.processes:
             process.join()
         assert not slow, f"processes {slow} did not end in {seconds} s:\n{self.text()}"
-        self.seconds = time.monotonic() - self.began
         return [process.exitcode for process in self.processes]
 
     def text(self) -> str:
@@ -118,8 +128,17 @@ class Job:
         return self.log.read_text()[-4000:]
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has used of the processors; 0 where it is gone. Linux tells it in hundredths."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def count(what: str, number: int = 1) -> None:
-    """Add to the counts that `benchmarks/trust.py` collects; call it when everything about them was found right."""
+    """Add to the counts in the file $SELFSIGHT_TRUST; call it when everything about them was found right."""
     if path := os.environ.get("SELFSIGHT_TRUST"):
         with Path(path).open("a") as file:
             file.write(json.dumps({what: number}) + "\n")

@@ -1,7 +1,7 @@
 """SIGKILL at named points and at random moments; the same command then ends with the bits of a run left alone.
 
-Training in one and two processes, the index that it builds, `selfsight index`, a bank of features, and `train.py` as
-a user starts it. `kill_driver` has the processes, `selfsight.faults` the points.
+Training in one and two processes, the index that it builds, `selfsight index`, a bank of features, and the script that
+a user starts. `kill_driver` has the processes, `selfsight.faults` the points.
 """
 
 import os
@@ -14,8 +14,9 @@ import sys
 import pytest
 
 import runs
-from kill_driver import ONE_THREAD, ROOT, Job, assert_same, count, outcome, words_for
+from kill_driver import ONE_THREAD, ROOT, Job, assert_same, command, count, outcome, words_for
 from selfsight.faults import POINTS
+from selfsight.training import checkpoint
 
 STEPS = 16
 TRAINING = [  # in the order in which a run meets them; each takes it a step further
@@ -27,34 +28,36 @@ BANK = ["bank.rows@40", "bank.noted@60", "bank.finished", "bank.renamed"]
 
 
 class Case:
-    """A command, what it comes to when it is left alone, and how long it takes."""
+    """A command, what it comes to when it is left alone, and how much of a processor it uses."""
 
-    def __init__(self, root, words, result, ranks=1):
-        self.root, self.words, self.result, self.ranks = root, words, result, ranks
+    def __init__(self, root, what, words, result, ranks=1):
+        self.root, self.what, self.words, self.result, self.ranks = root, what, words, result, ranks
         job = self.job("whole")
+        job.spend(float("inf"))
         assert job.wait() == [0] * ranks, job.text()
-        self.expected, self.seconds = result(root / "whole"), job.seconds
+        self.expected, self.used = result(root / "whole"), job.used
 
-    def job(self, name, faults=""):
+    def job(self, name, faults="", target=command):
         (self.root / name).mkdir(exist_ok=True)
-        return Job(self.words(self.root / name), self.root / f"{name}.log", ranks=self.ranks, faults=faults)
+        words, log = self.words(self.root / name), self.root / f"{name}.log"
+        return Job(words, log, ranks=self.ranks, faults=faults, target=target)
 
     def kill_at(self, name, point, rank=None):
-        """Killed by itself at a named point; the other process ends on its own, with a sentence."""
+        """Killed by itself at a named point; the other process ends on its own."""
         where, _, number = point.partition("@")
         faults = f"{where}:kill" + (f"@{number}" if number else "") + (f"%{rank}" if rank is not None else "")
         job = self.job(name, faults)
         self.check(job, job.wait(), rank, point)
 
-    def kill_after(self, name, seconds, rank=None):
-        """Killed from outside after so many seconds; False if it was quicker."""
+    def kill_after(self, name, share, rank=None):
+        """Killed from outside after this share of its work; False if it was quicker."""
         job = self.job(name)
-        job.processes[rank or 0].join(seconds)
-        job.signal(signal.SIGKILL, rank)
+        if job.spend(share * self.used, rank or 0):
+            job.signal(signal.SIGKILL, rank)
         codes = job.wait()
         if codes == [0] * self.ranks:
             return False
-        self.check(job, codes, rank, f"{seconds:.2f} s")
+        self.check(job, codes, rank, f"{share:.0%}")
         return True
 
     def check(self, job, codes, rank, when):
@@ -62,9 +65,9 @@ class Case:
             assert set(codes) == {-signal.SIGKILL}, (when, codes, job.text())
             return
         assert codes[rank] == -signal.SIGKILL, (when, codes, job.text())
-        others = [code for other, code in enumerate(codes) if other != rank]
+        others = {code for other, code in enumerate(codes) if other != rank}
         # 7: it noticed. 0: it had nothing left to do. 1: its partner vanished before they had met.
-        assert set(others) <= {7, 0, 1}, (when, codes, job.text())
+        assert others <= {7, 0, 1}, (when, codes, job.text())
 
     def finish(self, name):
         """The same command once more, to its end; all of it is as if nothing had happened."""
@@ -75,29 +78,37 @@ class Case:
         count("processes compared", self.ranks)
 
     def random_kills(self, kills, seed, ranks=(None,), each=4):
-        """So many kills at random moments, `each` of them on one victim."""
-        draw, done = random.Random(seed), 0
+        """So many kills at random moments, `each` of them on one victim at most."""
+        draw, done, tries = random.Random(seed), 0, 0
         while done < kills:
-            name, here = f"victim-{seed}-{done}", 0
+            name, here = f"victim-{seed}-{tries}", 0
             while here < min(each, kills - done):
-                if not self.kill_after(name, draw.uniform(0.1, 0.95) * self.seconds, draw.choice(ranks)):
+                tries += 1
+                assert tries < 5 * kills, "the victims are quicker than their kills"
+                if not self.kill_after(name, draw.uniform(0.05, 0.95), draw.choice(ranks)):
                     break
                 here += 1
             self.finish(name)
             done += here
-            count("kills at random moments", here)
+        self.count("at random moments", done)
 
     def named_kills(self, points, ranks=(None,)):
         """One victim that is killed at all of these points, one after the other."""
         for number, point in enumerate(points):
             self.kill_at("named", point, ranks[number % len(ranks)])
         self.finish("named")
-        count("kills at named points", len(points))
+        self.count("at named points", len(points))
+
+    def count(self, how, kills):
+        count(f"kills of {self.what}", kills)
+        count(f"kills {how}", kills)
 
 
 def training(root, ranks=1, steps=STEPS):
+    """A run on a shard whose index it makes, with a checkpoint at each step."""
     shard = runs.shard(root / "a.tar", 40)
-    return Case(root, lambda folder: words_for(folder, shard, steps, ranks), outcome, ranks)
+    what = "training" if ranks == 1 else "training in two processes"
+    return Case(root, what, lambda folder: words_for(folder, shard, steps, ranks), outcome, ranks)
 
 
 def indexing(root):
@@ -106,7 +117,12 @@ def indexing(root):
     def words(folder):
         return ["index", f"data.train=[{','.join(shards)}]", f"data.index_dir={folder}/index"]
 
-    return Case(root, words, lambda folder: {p.name: p.read_bytes() for p in (folder / "index").glob("[!.]*")})
+    return Case(
+        root,
+        "building an index",
+        words,
+        lambda folder: {p.name: p.read_bytes() for p in (folder / "index").glob("[!.]*")},
+    )
 
 
 def banking(root):
@@ -125,16 +141,29 @@ def banking(root):
         return arrays | {"left": left, "top1": [w for w in (folder / "out/knn.json").read_text().split(",")
                                                 if '"top' in w]}  # fmt: skip
 
-    return Case(root, words, result)
+    return Case(root, "building a bank of features", words, result)
 
 
 # --- in the default set -----------------------------------------------------------------------------------------------
 
 
-def test_kills_change_nothing(tmp_path):
-    case = training(tmp_path, steps=6)
-    case.named_kills(["index.half", "step.update@2", "checkpoint.manifest@3", "checkpoint.trash", "export.written"])
-    case.random_kills(2, seed=1, each=2)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return training(tmp_path_factory.mktemp("one"), steps=6)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return training(tmp_path_factory.mktemp("two"), ranks=2, steps=5)
+
+
+def test_kills_change_nothing(one):
+    one.kill_at("killed", "step.update@1")
+    one.kill_at("killed", "checkpoint.manifest@2")
+    assert one.kill_after("killed", 0.6) or one.kill_after("killed", 0.1)
+    one.finish("killed")
+    one.count("at named points", 2)
+    one.count("at random moments", 1)
 
 
 def test_a_process_that_is_gone_ends_the_other_with_a_sentence(tmp_path):
@@ -144,10 +173,105 @@ def test_a_process_that_is_gone_ends_the_other_with_a_sentence(tmp_path):
     said = [line for line in job.text().splitlines() if line.startswith("stopped: ")]
     assert len(said) == 1 and "process 0 can no longer reach another process" in said[0], job.text()
     assert "Traceback" not in job.text()
+    count("processes that outlived their partner")
 
 
 def test_every_point_is_killed_at():
     assert sorted(point.partition("@")[0] for point in (*TRAINING, *BANK)) == sorted(POINTS)
+
+
+# --- other faults of one or two processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_left_for_the_one_before(one):
+    draw = random.Random(7)
+    for step, file in enumerate(("model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"), 2):
+        one.kill_at("damaged", f"step.forward@{step}")  # the checkpoints of this step and the one before are there
+        path = one.root / f"damaged/run/checkpoints/step-{step:09d}" / file
+        data = bytearray(path.read_bytes())
+        if draw.random() < 0.5 or file == "MANIFEST.json":
+            path.write_bytes(data[: draw.randrange(len(data))])
+        else:
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            path.write_bytes(data)
+    one.finish("damaged")
+    said = (one.root / "damaged.log").read_text()
+    assert said.count("falling back to the one before it") == 4, said
+    count("checkpoints damaged", 4)
+
+
+def with_little_disk(words, log, env):
+    """The command under a limit of the size of a file, as a quota would be: writing fails half-way."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    command(words, log, env)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_stops_a_run_which_continues_when_there_is_room(one):
+    one.kill_at("full", "step.forward@2")
+    job = one.job("full", target=with_little_disk)
+    assert job.wait() == [1], job.text()
+    said = job.text()
+    assert said.count("FAILED") == 2 and "earlier ones stand; make room in" in said and "Traceback" not in said, said
+    assert sorted(p.name[-1] for p in (one.root / "full/run/checkpoints").glob("[!l]*")) == ["1", "2"]
+    one.finish("full")
+    job = one.job("short", faults="checkpoint.file:full@3")  # for one checkpoint only: the run goes on
+    assert job.wait() == [0], job.text()
+    one.finish("short")
+    count("writes that failed", 4)
+
+
+def spoiled_on_rank_1(words, log, env):
+    """The command with a loss that is not a number, in the second process at step 2; each process tells its weights."""
+    import torch
+
+    from selfsight.objectives.dino import DINO
+    from selfsight.training.checkpoint import unique_state
+    from selfsight.training.loop import AfterStep
+
+    loss, stop = DINO.loss, AfterStep._stop_nonfinite
+
+    def spoiled(self, batch, step):
+        value, logs = loss(self, batch, step)
+        return (value * torch.nan if env["RANK"] == "1" and step == 2 else value), logs
+
+    def told(self, trainer, module):
+        state = b"".join(v.numpy().tobytes() for v in unique_state(module.objective).values())
+        (self.plan.run_dir / f"weights-{self.rank}").write_bytes(state)
+        stop(self, trainer, module)
+
+    DINO.loss, AfterStep._stop_nonfinite = spoiled, told
+    command(words, log, env)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_equal_weights(two):
+    job = two.job("spoiled", target=spoiled_on_rank_1)
+    assert job.wait() == [4, 4], job.text()
+    run = two.root / "spoiled/run"
+    weights = [(run / f"weights-{rank}").read_bytes() for rank in (0, 1)]
+    assert weights[0] == weights[1] and len(weights[0]) > 10_000
+    assert checkpoint.newest(run / "checkpoints").name == "step-000000002"
+    assert sorted(p.name for p in run.glob("nonfinite-*-rank-?.*")) == [
+        f"nonfinite-step-000000002-rank-{rank}.safetensors" for rank in (0, 1)
+    ]
+    for path in [*run.glob("nonfinite-*"), *run.glob("weights-?")]:
+        path.unlink()
+    two.finish("spoiled")
+    count("losses that were not finite")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_saves_and_stops_both(two, rank):
+    job = two.job("told", faults=f"step.forward:term@2%{rank}")
+    assert job.wait() == [128 + signal.SIGTERM] * 2, job.text()
+    assert "stopped by a signal at step" in job.text()
+    two.finish("told")
+    count("signals to one of two processes")
 
 
 # --- fifty kills ------------------------------------------------------------------------------------------------------
@@ -195,4 +319,5 @@ def test_kills_of_the_script_that_a_user_starts(tmp_path):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     case.finish("script")
-    count("kills at random moments", 3)
+    case.what = "the script that a user starts"
+    case.count("at random moments", 3)

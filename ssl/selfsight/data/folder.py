@@ -11,6 +11,7 @@ parts (train, val2017, images, masks …). Anything else is a pile of images wit
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -34,6 +35,13 @@ _SETTLED_NS = 2_000_000_000  # the coarsest clock of common file systems: younge
 _SHOW = 5
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: listed like any file, and a bad sample when it is read
+        return False
+
+
 def _walk(root: str) -> tuple[list[str], list[tuple[str, int]], Counter]:
     """Relative paths of images, (relative folder, mtime in ns) of all folders, and how many other files by suffix."""
     images: list[str] = []
@@ -55,7 +63,7 @@ def _walk(root: str) -> tuple[list[str], list[tuple[str, int]], Counter]:
             for entry in entries:
                 if entry.name.startswith("."):
                     others["hidden"] += 1
-                elif entry.is_dir():
+                elif _is_folder(entry):
                     waiting.append((os.path.join(folder, entry.name), above | {here}))  # noqa: PTH118
                 elif entry.name.rpartition(".")[2].lower() in IMAGES:
                     images.append(os.path.join(folder, entry.name))  # noqa: PTH118
@@ -279,7 +287,10 @@ class Folder:
             raise SampleError(where, "the file does not exist") from None
         except PermissionError:
             raise SampleError(where, "the file may not be read (permissions)") from None
-        except OSError as error:  # the storage is failing: skipping samples would hide it
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise SampleError(where, "the link leads to itself") from None
+            # The storage is failing: skipping samples would hide it
             raise DataError(f"{where} can no longer be read ({error.strerror}): check the storage") from error
         if not data:
             raise SampleError(where, "the file is empty (0 bytes)")

@@ -24,6 +24,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from .manifest import FIELDS, IMAGES, NO_LABEL, expand, json_label, split_patterns
 from .rng import hash_ints
 from .source import MAX_FILE, DataError, Raw, SampleError
+from .tar import split_name
 
 _TIMEOUT, _RETRY_SECONDS = 60, (1.0, 5.0, 20.0)
 
@@ -61,8 +62,7 @@ def _members(urls: Sequence[str], skip_broken: bool) -> Iterator[dict[str, Any]]
         try:
             with _open(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Strict) as tar:
                 for info in tar:
-                    key, extension = base_plus_ext(info.name)
-                    extension = (extension or "").lower()
+                    key, extension = split_name(info.name) or ("", "")
                     if info.isreg() and (extension in IMAGES or extension in FIELDS):
                         name = info.name
                         if key != current:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -64,7 +65,10 @@ def load_adapted(folder: str | Path, **kwargs: Any) -> nn.Module:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, **{"num_classes": 0} | kwargs)
     family = class_of(family_of(about["base"])[0])
     adapters = Adapters(settings_of(about["adapt"]), [family.taps(block) for block in blocks_of(model).values()])
-    state, own = load_file(folder / "adapter.safetensors"), adapters.state_dict()
+    try:
+        state, own = load_file(folder / "adapter.safetensors"), adapters.state_dict()
+    except SafetensorError as error:
+        raise AdapterError(f"{folder}/adapter.safetensors is no safetensors file ({error})") from None
     wrong = sorted({k for k in {*state, *own} if k not in state or k not in own or state[k].shape != own[k].shape})
     if wrong:
         raise AdapterError(f"{folder}/adapter.safetensors does not fit its model: {len(wrong)} tensors, {wrong[:3]}")

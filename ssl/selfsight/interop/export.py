@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -370,4 +371,7 @@ def open_export(folder: Path, **kwargs: Any) -> nn.Module:
     (`img_size=` for ViT)."""
     if adapted.is_adapted(folder):
         return adapted.load_adapted(folder, **kwargs)
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **kwargs).eval()
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **kwargs).eval()
+    except SafetensorError as error:
+        raise ExportError(f"{folder}/model.safetensors is no safetensors file ({error})") from None

@@ -149,7 +149,10 @@ def verify(path: Path) -> str | None:
 
 def load(path: Path, file: str = "model") -> tuple[dict[str, Tensor], dict]:
     """(tensors, meta) of a checkpoint folder."""
-    meta = json.loads((path / "state.json").read_text())
+    try:
+        meta = dict(json.loads((path / "state.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}/state.json is no JSON ({error})") from None
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {meta.get('format')}; this version reads format {FORMAT}")
     try:

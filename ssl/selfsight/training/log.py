@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """Rows of a metrics.csv, [] if there is none; a half-written last line is dropped."""
     if not path.exists():
         return []
-    with path.open(newline="") as f:
+    with path.open(newline="", errors="replace") as f:
         rows = [{k: v for k, v in r.items() if k and v not in (None, "")} for r in csv.DictReader(f)]
     return [r for r in rows if str(r.get("step", "")).isdigit()]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -127,8 +127,11 @@ def _range(x: Tensor) -> str:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("facts") or "{}")
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("facts") or "{}")
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is no safetensors file ({error})") from None
 
 
 def _objective(run_dir: Path, step: int, facts: Mapping[str, Any]) -> Objective:
@@ -137,7 +140,10 @@ def _objective(run_dir: Path, step: int, facts: Mapping[str, Any]) -> Objective:
     weights = run_dir / f"nonfinite-step-{step:09d}.safetensors"
     if not weights.is_file():
         raise ConfigError(f"{weights} is not there: the weights of that step were not saved (was the disk full?)")
-    checkpoint.load_unique_state(objective, load_file(weights))
+    try:
+        checkpoint.load_unique_state(objective, load_file(weights))
+    except SafetensorError as error:
+        raise ConfigError(f"{weights} is no safetensors file ({error})") from None
     return objective.train()
 
 
