@@ -7,7 +7,7 @@ all. Where they are, student and teacher each start from their own network in th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def _parts(net: nn.Module) -> tuple[Backbone, dict[str, nn.Module]]:
 def fit_network(net: Network, backbone: Backbone, weights: Weights) -> Fitted:
     """A network's backbone for ours; WeightsError also where the heads are known to be others, as shapes do not say,
     and where adapters of the file would be left behind."""
-    if weights.adapt and (backbone.adapters is None or backbone.adapters.settings != weights.adapt):
+    if weights.adapt and (backbone.adapters is None or _plain(backbone.adapters.settings) != weights.adapt):
         raise WeightsError(_adapted(weights))
     fitted = fit_backbone(net.backbone, backbone, source=weights.what)
     if weights.num_heads and backbone.num_heads not in (None, weights.num_heads):
@@ -81,6 +81,11 @@ def _adapted(weights: Weights) -> str:
     if weights.adapt["name"] in MERGES:
         return f"{words}; its export has both merged: init_from={weights.source}/export, or go on with them by {same}"
     return f"{words}, where it cannot be merged: go on with them by {same}, or begin with the weights that were adapted"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists as lists, whatever a config made of them."""
+    return {k: v if isinstance(v, str) or not isinstance(v, Sequence) else list(v) for k, v in settings.items()}
 
 
 def _word(value: Any) -> str:

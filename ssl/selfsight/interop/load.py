@@ -181,7 +181,9 @@ def _from_run(source: str, folder: Path) -> Weights:
 
     cfg, path = config.read(folder / "config.yaml"), find_checkpoint(folder)
     tensors, meta = checkpoint.load(path)
-    adapt = settings_of(cfg.adapt) if any(".adapters." in f".{key}" for key in tensors) else None
+    adapt = (
+        settings_of(OmegaConf.to_container(cfg.adapt)) if any(".adapters." in f".{key}" for key in tensors) else None
+    )
     grouped = _grouped(tensors)
     centers = {name: state["center"] for name, state in grouped.items() if set(state) == {"center"}}
     beside = {k: v for k, v in grouped.items() if k not in ("student", "teacher", *centers)}
