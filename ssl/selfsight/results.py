@@ -44,6 +44,18 @@ def read_result(path: Path) -> Result | None:
     return Result(metric, float(facts[metric]), facts.get("standard_error"), facts) if metric else None
 
 
+def out_folder(cfg: Any) -> Path:
+    """Where results go: as given, else <run>/probes (/<step>) (/masks-<which>), else ./probes."""
+    if cfg.out:
+        return Path(cfg.out)
+    run = Path(cfg.checkpoint).expanduser()
+    folder = run / "probes" if (run / "config.yaml").is_file() else Path("probes")
+    if cfg.step != "last":
+        folder = folder / str(cfg.step)
+    masks = cfg.probe.get("masks") or "none"
+    return folder if masks == "none" else folder / f"masks-{masks}"  # the number without masks is worth as much
+
+
 # --- the evaluations of a training ---------------------------------------------------------------------------------
 
 

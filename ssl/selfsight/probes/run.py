@@ -24,13 +24,14 @@ import timm
 import torch
 from omegaconf import OmegaConf
 
+from ..results import out_folder
 from . import ProbeError
 from .knn import standard_error
 from .load import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .masks import THRESHOLD, WHICH
 from .protocols import apply_protocol
 from .store import Bank
-from .task import Outcome, Task, out_folder, remove_banks
+from .task import Outcome, Task, remove_banks
 
 __all__ = ["Loaded", "choose_data", "choose_device", "choose_workers", "load_backbone", "probe"]
 
