@@ -117,8 +117,11 @@ class Cluster:
         self._until(lambda: self.run("sinfo", "-h", "-o", "%D %T", check=False) == "2 idle")
 
     def _daemon(self, *argv: str, name: str = "") -> None:
-        with (self.folder / "log" / f"{name or argv[0]}.out").open("w") as out:
-            self.daemons[name or argv[0]] = subprocess.Popen(
+        name = name or argv[0]
+        if shutil.which("setpriv"):  # it ends with this process, however that ends
+            argv = ("setpriv", "--pdeathsig", "TERM", *argv)
+        with (self.folder / "log" / f"{name}.out").open("w") as out:
+            self.daemons[name] = subprocess.Popen(
                 argv, env=self.env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip

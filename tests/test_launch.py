@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+import runs
 from selfsight import cli, config, launch
 from selfsight.training import lightning
 
@@ -178,6 +179,75 @@ def test_processes_of_srun_do_not_submit(sbatch, capsys, monkeypatch):
 def test_keys_of_jobs_name_their_launcher(capsys):
     assert cli.main("train", ["launcher.nodes=2"]) == 2
     assert "launcher.nodes is for jobs: add launcher=slurm" in capsys.readouterr().err
+
+
+# --- what a batch file does when its processes have ended ----------------------------------------------------------
+
+SRUN = """#!/bin/sh
+for word in "$@"; do case $word in --*) ;; *) printf "<%s>" "$word";; esac; done
+echo " threads=$OMP_NUM_THREADS cpus=$SRUN_CPUS_PER_TASK address=$MASTER_ADDR port=$MASTER_PORT"
+exit "$CODE"
+"""
+IN_JOB = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2",
+          "SLURM_CPUS_PER_TASK": "3", "SELFSIGHT_PYTHON": "python", "SLURM_SUBMIT_DIR": str(runs.ROOT)}  # fmt: skip
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Runs a batch file with stand-ins: srun ends with a code, squeue knows a state, scontrol notes what it is told."""
+    texts = {
+        "srun": SRUN,
+        "squeue": '#!/bin/sh\ntest -n "$STATE" && echo "$STATE"\n',
+        "scontrol": '#!/bin/sh\ntest "$1" = show && printf "n1\\nn2\\n" || echo "$@" >> "$STAND_IN/requeued"\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run(file, *words, code=0, state="RUNNING", **env):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_", "SELFSIGHT_"))}
+        own = {"PATH": f"{tmp_path}:{kept['PATH']}", "STAND_IN": str(tmp_path), "CODE": str(code), "STATE": state}
+        argv = ["bash", str(runs.ROOT / "slurm" / file), *words]
+        done = subprocess.run(argv, env=kept | own | IN_JOB | env, capture_output=True, text=True, check=False)
+        requeued = tmp_path / "requeued"
+        told = requeued.read_text() if requeued.exists() else ""
+        requeued.unlink(missing_ok=True)
+        return done, told
+
+    return run
+
+
+@pytest.mark.parametrize("file", ["train.sbatch", "train_cpu.sbatch", "probe.sbatch"])
+@pytest.mark.parametrize(
+    ("code", "state", "env", "told"),
+    [
+        (138, "RUNNING", {}, "requeue 20007\n"),  # before the time limit
+        (143, "RUNNING", {}, "requeue 20007\n"),  # preempted
+        (143, "RUNNING", {"SLURM_ARRAY_JOB_ID": "20005", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 20005_2\n"),
+        (143, "COMPLETING", {}, ""),  # scancel
+        (143, "", {}, ""),  # Slurm does not answer
+        (138, "RUNNING", {"SLURM_RESTART_COUNT": "3", "SELFSIGHT_MAX_REQUEUES": "3"}, ""),
+        (138, "RUNNING", {"SLURM_RESTART_COUNT": "2", "SELFSIGHT_MAX_REQUEUES": "3"}, "requeue 20007\n"),
+        (0, "RUNNING", {}, ""),
+        (1, "RUNNING", {}, ""),
+        (137, "RUNNING", {}, ""),
+    ],
+)
+def test_a_job_goes_back_into_the_queue_when_it_was_told_to_stop_and_not_cancelled(batch, file, code, state, env, told):
+    done, found = batch(file, "checkpoint=a", code=code, state=state, **env)
+    assert (done.returncode, found) == (code, told), done.stderr
+    assert ("requeued" in done.stdout) == (code in (138, 143) and not told)
+
+
+def test_the_processes_of_a_training_know_their_number_and_where_to_meet(batch):
+    done, _ = batch("train.sbatch", "a=b c", SLURM_GPUS_ON_NODE="4")
+    words = "<python><-P><-m><selfsight><train><a=b c><trainer.devices=4><trainer.num_nodes=2>"
+    assert re.fullmatch(re.escape(words) + r" threads=1 cpus=3 address=n1 port=1000\d\n", done.stdout), done
+    done, _ = batch("train_cpu.sbatch", "a=b c", MASTER_ADDR="10.0.0.1")
+    assert "<train><trainer.accelerator=cpu><a=b c>" in done.stdout
+    assert " threads=3 cpus=3 address=10.0.0.1 port=1000" in done.stdout
+    del_tasks, _ = batch("train.sbatch", SLURM_NTASKS_PER_NODE="")
+    assert del_tasks.returncode and "give --ntasks-per-node, not --ntasks" in del_tasks.stderr
 
 
 # --- who is a process of srun --------------------------------------------------------------------------------------
