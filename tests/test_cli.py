@@ -138,6 +138,9 @@ def test_help_is_short_and_names_only_keys_that_exist(command, capsys):
     known = {*config._keys(cfg), *config.groups(name)}
     for probe in config.options("probe") if command == "probe" else ():
         known |= {f"probe.{key}" for key in config.load("probe", ["checkpoint=x", f"probe={probe}"]).probe}
+    if command in ("train", "probe"):
+        slurm = config.load(name, [*needed.get(command, "").split(), "launcher=slurm"]).launcher
+        known |= {f"launcher.{key}" for key in slurm}
     out = re.sub(r"timm\.create_model\(.*\)|python \w+\.py", "", out)
     named = set(re.findall(r"(?<![\w.\])/:])([a-z_]+(?:\.[a-z_]+)*)=", out))
     assert named <= known, named - known

@@ -345,17 +345,22 @@ def test_a_job_that_is_refused_has_failed(make, slurm):
 def test_the_batch_file_takes_words_or_a_line_of_a_file(tmp_path):
     seen = tmp_path / "python"
     seen.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
-    seen.chmod(0o755)
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nshift; exec "$@"\n')
+    for path in (seen, srun):
+        path.chmod(0o755)
     lines = tmp_path / "probes.txt"
     lines.write_text("checkpoint=a step=1 probe=knn\ncheckpoint=b step=* probe=$HOME\n")
 
     def run(*words, **env):
-        env = os.environ | {"SELFSIGHT_PYTHON": str(seen)} | env
-        return subprocess.run(["bash", str(jobs.batch_script()), *words], env=env, capture_output=True, text=True)
+        env = os.environ | {"SELFSIGHT_PYTHON": str(seen), "PATH": f"{tmp_path}:{os.environ['PATH']}"} | env
+        return subprocess.run(
+            ["bash", str(jobs.batch_script("probe")), *words], env=env, capture_output=True, text=True
+        )
 
-    assert run("checkpoint=a b", "probe=knn").stdout == "<-m><selfsight><probe><checkpoint=a b><probe=knn>"
+    assert run("checkpoint=a b", "probe=knn").stdout == "<-P><-m><selfsight><probe><checkpoint=a b><probe=knn>"
     second = run(f"@{lines}", SLURM_ARRAY_TASK_ID="1").stdout
-    assert second == "<-m><selfsight><probe><checkpoint=b><step=*><probe=$HOME>"
+    assert second == "<-P><-m><selfsight><probe><checkpoint=b><step=*><probe=$HOME>"
     past = run(f"@{lines}", SLURM_ARRAY_TASK_ID="2")
     assert past.returncode == 2 and "has no line 3" in past.stderr
     assert "needs sbatch --array" in run(f"@{lines}").stderr

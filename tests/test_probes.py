@@ -17,8 +17,9 @@ from selfsight.probes.load import Loaded
 from selfsight.probes.lowshot import draw
 from selfsight.probes.readout import Want
 from selfsight.probes.retrieval import retrieve
-from selfsight.probes.run import probe, result_path
+from selfsight.probes.run import probe
 from selfsight.probes.select import held_out
+from selfsight.results import result_path
 from selfsight.schema import ConfigError
 
 

@@ -81,6 +81,7 @@ Pretrain a backbone. The same command on the same run folder resumes.
 """
     + TRAIN_KEYS
     + """\
+as a job     launcher=slurm launcher.nodes= .gpus_per_node= .partition= .minutes= .dry_run=     an array: -m seed=0,1,2
 recipes      experiment=  {experiment}
 
 Everything else of a method is under objective.   --cfg job prints the whole config.
@@ -111,6 +112,7 @@ data         data=        {data}   (left out: what the run was trained on)
              image_size=  batch_size=  num_workers=  seed=  device=
 features     bank.folder= bank.max_gb= bank.dtype= bank.precision=   stored once, used by every probe
 result       out=         folder for the JSON
+as a job     launcher=slurm launcher.partition= .minutes= .dry_run=     an array: -m step=1000,2000 probe=knn,linear
 """,
     "table": """\
 Many probes of one or several frozen backbones: one pass over the images for all, one table.
@@ -265,15 +267,36 @@ def main(command: str | None = None, argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, args: list[str]) -> int:
     args, print_only = _flags(args)
-    cfg = _config(command, args)
+    rows = _rows(command, args)
     if print_only:
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(cfg), end="")
+        print("---\n".join(OmegaConf.to_yaml(cfg) for _, cfg in rows), end="")
         return 0
+    cfg = rows[0][1]
+    if "launcher" in cfg and cfg.launcher.name == "slurm":
+        from .launch import submit
+
+        return submit(command, rows)
     module, function = COMMANDS[command].split(":")
     result = getattr(import_module(module), function)(cfg)
     return result if isinstance(result, int) else 0
+
+
+def _rows(command: str, args: list[str]) -> list[tuple[list[str], Any]]:
+    """(words, config) of what was asked for; with -m of every combination of values."""
+    if not {"-m", "--multirun"} & set(args):
+        return [(args, _config(command, args))]
+    from .config import ConfigError
+    from .launch import sweep
+
+    rows = [(words, _config(command, words)) for words in sweep(args)]
+    if command not in ("train", "probe") or rows[0][1].launcher.name != "slurm":
+        raise ConfigError(
+            "multirun (-m) makes a job array of train or probe with launcher=slurm; without, start one command per "
+            "run, for example from a shell loop"
+        )
+    return rows
 
 
 def _sentence(error: Exception) -> str:

@@ -97,7 +97,7 @@ def _split(command: str, overrides: list[str], known: tuple[str, ...]) -> tuple[
     values: dict[str, str | None] = {}
     for override in overrides:
         if override in ("-m", "--multirun"):
-            raise ConfigError("multirun is not supported: start one command per run, for example from a shell loop")
+            raise ConfigError("multirun (-m) is for train and probe with launcher=slurm: start one command per run")
         key, equals, text = override.partition("=")
         remove, key = key.startswith("~"), key.strip().lstrip("+~")
         for target in re.findall(r"_target_\W+([\w.]+)", override):
@@ -226,6 +226,8 @@ def _unknown(cfg: DictConfig, key: str, wrong: str, known: tuple[str, ...]) -> C
     """The sentence for a key that does not exist: the nearest key, and what is valid beside it."""
     if "data" in cfg and cfg.data is None and key.startswith("data."):
         return ConfigError(f"{key} needs its group: add data={' or data='.join(options('data'))}")
+    if key in (f"launcher.{field.name}" for field in dataclasses.fields(SCHEMAS["launcher"]["slurm"])):
+        return ConfigError(f"{key} is for jobs: add launcher=slurm, or leave it out")
     keys = list(dict.fromkeys(_keys(cfg) + list(known)))
     parent, _, last = wrong.rpartition(".")
     siblings = sorted(k for k in keys if k.rpartition(".")[0] == parent)
@@ -513,6 +515,18 @@ def diff(old: DictConfig, new: DictConfig) -> list[str]:
     absent = "absent"
     changed = [k for k in sorted({*a, *b}) if a.get(k, absent) != b.get(k, absent)]
     return [f"{k}: {_show(a.get(k, absent))} -> {_show(b.get(k, absent))}" for k in changed]
+
+
+def changes(cfg: DictConfig) -> list[str]:
+    """What differs from the run that stands in cfg.run_dir, if one does; ConfigError unless allow_change is given."""
+    known = Path(cfg.run_dir) / "config.yaml"
+    changed = diff(read(known), cfg) if known.exists() else []
+    if changed and not cfg.allow_change:
+        raise ConfigError(
+            f"{Path(cfg.run_dir)} holds a run with other settings ({'; '.join(changed)}): use another run_dir, or "
+            "allow_change=true to continue it with the new ones"
+        )
+    return changed
 
 
 def save(cfg: DictConfig, path: Path | str) -> None:

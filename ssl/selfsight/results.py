@@ -44,6 +44,30 @@ def read_result(path: Path) -> Result | None:
     return Result(metric, float(facts[metric]), facts.get("standard_error"), facts) if metric else None
 
 
+def out_folder(cfg: Any) -> Path:
+    """Where results go: as given, else <run>/probes (/<step>) (/masks-<which>), else ./probes."""
+    if cfg.out:
+        return Path(cfg.out)
+    run = Path(cfg.checkpoint).expanduser()
+    folder = run / "probes" if (run / "config.yaml").is_file() else Path("probes")
+    if cfg.step != "last":
+        folder = folder / str(cfg.step)
+    masks = cfg.probe.get("masks") or "none"
+    return folder if masks == "none" else folder / f"masks-{masks}"  # the number without masks is worth as much
+
+
+def result_path(cfg: Any) -> Path:
+    """Where the JSON of a probe goes: `<out>/<probe>.json`, with what makes it another measurement in its name, so
+    that none overwrites another: pooling, head, protocol, layer, norm, gallery, for example attentive-ep-raw.json."""
+    p = cfg.probe
+    words = [p.name, p.get("pooling"), None if p.get("head") == "linear" else p.get("head"), p.get("protocol")]
+    words += [f"layer{p.layer}"] if p.get("layer") is not None else []
+    if "norm" in p and p.norm == (p.name == "layerwise"):  # not as usual
+        words.append("norm" if p.norm else "raw")
+    words += ["test"] if p.get("gallery") == "test" else []
+    return out_folder(cfg) / f"{'-'.join(str(word) for word in words if word)}.json"
+
+
 # --- the evaluations of a training ---------------------------------------------------------------------------------
 
 

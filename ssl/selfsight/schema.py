@@ -207,6 +207,15 @@ def device(default: str | None) -> Any:
     return _field(default, "one of auto, cpu, gpu, cuda, cuda:<number>, mps", parse)
 
 
+def lines() -> Any:
+    """Lines of shell."""
+
+    def parse(values: Any) -> list[str]:
+        return [_require(isinstance(v, str) and "\n" not in v, v) for v in _listed(values)]
+
+    return _field([], "lines of shell such as ['module load cuda']", parse)
+
+
 def dashed() -> Any:
     """Options of another command, each with its dashes."""
 
@@ -585,8 +594,25 @@ class Logger:
 
 
 @dataclasses.dataclass
-class Launcher:
+class Local:
     name: str = one_of("local", "local")
+
+
+@dataclasses.dataclass
+class Slurm:
+    name: str = one_of("slurm", "slurm")
+    nodes: int = integer(1)
+    gpus_per_node: int | None = integer(None, 0)
+    tasks_per_node: int | None = integer(None)
+    cpus_per_task: int = integer(8)
+    minutes: int | None = integer(None)
+    partition: str | None = None
+    sbatch: Any = dashed()
+    setup: Any = lines()
+    signal_seconds: int | None = integer(None)
+    max_requeues: int | None = integer(None, 0)
+    max_running: int | None = integer(None)
+    dry_run: bool = False
 
 
 @dataclasses.dataclass
@@ -865,6 +891,7 @@ class Table:
 @dataclasses.dataclass
 class Probe(Judged):
     adapt: Any = None
+    launcher: Any = None
     checkpoint: str | None = None
     step: Any = kept_step()
     out: str | None = None
@@ -1018,7 +1045,7 @@ SCHEMAS: dict[str, Any] = {
     "optim": AdamW,
     "trainer": Trainer,
     "logger": Logger,
-    "launcher": Launcher,
+    "launcher": {"local": Local, "slurm": Slurm},
     "probe": {
         "knn": KNNProbe,
         "linear": LinearProbe,

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..backbones.adapters import merged
 from ..backbones.watch import blocks_of
+from ..results import out_folder
 from ..training.layer_decay import layers_of
 from . import ProbeError
 from .augment import make_policy, mixes
@@ -33,7 +34,7 @@ from .identity import data_facts, digest, weights_hash
 from .readout import plain
 from .select import held_out, spread
 from .store import FULL, Bank
-from .task import Outcome, Task, out_folder
+from .task import Outcome, Task
 from .tuning import Diverged, Job, Judge, Training, result
 
 LAYER_DECAY = 0.75  # where nothing is frozen and nothing was given

@@ -25,12 +25,13 @@ import timm
 import torch
 from omegaconf import OmegaConf
 
+from ..results import result_path
 from . import ProbeError
 from .knn import standard_error
 from .load import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .masks import THRESHOLD, WHICH
 from .store import Bank, remove
-from .task import Outcome, Task, out_folder
+from .task import Outcome, Task
 
 __all__ = ["Loaded", "choose_data", "choose_device", "choose_workers", "load_backbone", "probe"]
 
@@ -141,18 +142,6 @@ def _seen(task: Task) -> str:
     square = f"images {size} px, centre square of {share:.3g} of the shorter side"
     mode = "Tested in eval mode" if task.cfg.probe.name == "finetune" else "Backbone in eval mode"
     return f"{mode}; {square}; tested on {split}."
-
-
-def result_path(cfg: Any) -> Path:
-    """Where the JSON of a probe goes: `<out>/<probe>.json`, with what makes it another measurement in its name, so
-    that none overwrites another: pooling, head, protocol, layer, norm, gallery, for example attentive-ep-raw.json."""
-    p = cfg.probe
-    words = [p.name, p.get("pooling"), None if p.get("head") == "linear" else p.get("head"), p.get("protocol")]
-    words += [f"layer{p.layer}"] if p.get("layer") is not None else []
-    if "norm" in p and p.norm == (p.name == "layerwise"):  # not as usual
-        words.append("norm" if p.norm else "raw")
-    words += ["test"] if p.get("gallery") == "test" else []
-    return out_folder(cfg) / f"{'-'.join(str(word) for word in words if word)}.json"
 
 
 def _try_out(cfg: Any) -> None:

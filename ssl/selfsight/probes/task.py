@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from ..data import cache_dir, open_source
 from ..data.rng import key_of, uniform
 from ..data.source import Source
-from ..interop.export import is_run
 from . import ProbeError
 from .bank import extract, frozen, subset
 from .cuts import Cut
@@ -227,18 +226,6 @@ class Task:
             self.warn(f"no training sample of class {named}{more}: {int(asked[empty].sum()):,} test samples can only "
                       "be taken for other classes")  # fmt: skip
         return classes
-
-
-def out_folder(cfg: Any) -> Path:
-    """Where results go: as given, else <run>/probes (/<step>) (/masks-<which>), else ./probes."""
-    if cfg.out:
-        return Path(cfg.out)
-    run = Path(cfg.checkpoint).expanduser()
-    folder = run / "probes" if is_run(run) else Path("probes")
-    if cfg.step != "last":
-        folder = folder / str(cfg.step)
-    masks = cfg.probe.get("masks") or "none"
-    return folder if masks == "none" else folder / f"masks-{masks}"  # the number without masks is worth as much
 
 
 def open_splits(cfg: Any, image_size: int) -> Splits:

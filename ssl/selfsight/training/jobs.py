@@ -104,9 +104,13 @@ def slurm_env() -> dict[str, str]:
 
 def _plain_env() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in _DISTRIBUTED}
-    source = str(Path(__file__).parents[2])  # a checkout may be used without being installed
-    env["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = os.pathsep.join([str(source_dir()), *filter(None, [env.get("PYTHONPATH")])])
     return env
+
+
+def source_dir() -> Path:
+    """The folder to import this package from: a checkout may be used without being installed."""
+    return Path(__file__).parents[2]
 
 
 def last_line(log: Path) -> str:
@@ -121,16 +125,16 @@ def last_line(log: Path) -> str:
 # --- Slurm ---------------------------------------------------------------------------------------------------------
 
 
-def batch_script() -> Path:
-    """slurm/probe.sbatch, in an installed package or in a checkout."""
-    inside = Path(__file__).parents[1] / "slurm" / "probe.sbatch"
-    return inside if inside.is_file() else Path(__file__).parents[3] / "slurm" / "probe.sbatch"
+def batch_script(command: str) -> Path:
+    """slurm/<command>.sbatch, in an installed package or in a checkout."""
+    inside = Path(__file__).parents[1] / "slurm" / f"{command}.sbatch"
+    return inside if inside.is_file() else Path(__file__).parents[3] / "slurm" / f"{command}.sbatch"
 
 
 def sbatch_argv(options: Sequence[str], log: Path, name: str, words: Sequence[str]) -> list[str]:
     """The command that submits one probe. Slurm prints the job's number and nothing else."""
     own = ["--parsable", f"--job-name=selfsight-{name}", f"--output={log}", "--open-mode=append"]
-    return ["sbatch", *own, *options, str(batch_script()), *words]
+    return ["sbatch", *own, *options, str(batch_script("probe")), *words]
 
 
 def job_number(file: Path) -> str | None:

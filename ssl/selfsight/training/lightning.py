@@ -13,7 +13,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import DDPStrategy
 
 from ..config import ConfigError
@@ -30,11 +35,38 @@ def precision_of(wanted: str, on_gpu: bool) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
 
 
+def by_srun() -> bool:
+    """Whether srun started this process as one of its tasks.
+
+    The shell of a batch script or of salloc has most of the same variables, but starts as many processes as it likes. A
+    job called bash or interactive is such a shell.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return step.isdigit() and int(step) < 1 << 31 and "SLURM_PROCID" in os.environ and not shell
+
+
+def process_rank() -> int:
+    """Number of this process among all, before they know each other."""
+    slurm = ("SLURM_PROCID",) if by_srun() else ()
+    return int(next((os.environ[k] for k in ("RANK", *slurm, "LOCAL_RANK") if k in os.environ), "0"))
+
+
+def _environment() -> ClusterEnvironment | None:
+    """Who starts the processes; None: Lightning finds out. It takes any shell within a job for srun."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if by_srun():
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
+
+
 def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A trainer for one run of the remaining steps as a single epoch."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # one may train without it
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # teachers are
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # the older name works with every torch
     on_gpu = cfg.trainer.accelerator == "gpu" or (cfg.trainer.accelerator == "auto" and torch.cuda.is_available())
@@ -50,8 +82,7 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     exact = cfg.deterministic == "exact"
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if "SLURM_NTASKS" not in os.environ:  # no job, so the advice to start Python by srun is out of place
-        warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
+    environment = _environment()
     many = devices * cfg.trainer.num_nodes > 1 or cfg.trainer.strategy == "ddp"
     trainer = pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
@@ -63,7 +94,7 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
         deterministic=exact,
         benchmark=on_gpu and not exact,
         callbacks=callbacks,
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        plugins=[environment] if environment else None,
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,

@@ -34,7 +34,7 @@ from .eval_plan import EvalPlan
 from .evals import Evals
 from .flops import peak_flops, step_flops_per_image
 from .judge import Judge
-from .lightning import make_trainer, precision_of
+from .lightning import make_trainer, precision_of, process_rank
 from .log import Metrics
 from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
@@ -66,8 +66,8 @@ class Run:
 
     def __init__(self, cfg: Any, flag: StopFlag):
         self.cfg, self.flag, self.dir, self.sink, self.began = cfg, flag, Path(cfg.run_dir), None, None
-        self.rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))))
-        self._refuse_other_run()
+        self.rank = process_rank()
+        self.changes = config.changes(cfg)
         self.start_path = checkpoint.newest(self.dir / "checkpoints")
         self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
@@ -90,16 +90,6 @@ class Run:
         self.mean, self.std = self._normalisation()
 
     # -- what the run is -----------------------------------------------------------------------------------------
-
-    def _refuse_other_run(self) -> None:
-        """Continue only what is the same run, or what was deliberately changed."""
-        known = self.dir / "config.yaml"
-        self.changes = config.diff(config.read(known), self.cfg) if known.exists() else []
-        if self.changes and not self.cfg.allow_change:
-            raise config.ConfigError(
-                f"{self.dir} holds a run with other settings ({'; '.join(self.changes)}): use another run_dir, or "
-                "allow_change=true to continue it with the new ones"
-            )
 
     def _claim_folder(self) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,262 @@
+"""launcher=slurm: the command that was typed, as a Slurm job of its own; with -m one job array over lists of values.
+
+The script is `slurm/train.sbatch` or `slurm/probe.sbatch` with its options and the words filled in: it can be read
+(`launcher.dry_run=true`, and beside the logs), and what it says is what runs. The job starts `selfsight <command>` with
+the same words; a training gets its run folder by name, so it continues there after a requeue. Nothing here imports
+torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import config
+from .eval_entries import text_of
+from .results import result_path
+from .schema import ConfigError
+from .training.jobs import batch_script, in_queue, slurm_env, source_dir
+
+MULTIRUN = ("-m", "--multirun")
+PAIRS = {"[": "]", "{": "}", "(": ")", "'": "'", '"': '"'}
+
+
+class Plan(NamedTuple):
+    """What a job is made of: options of sbatch, lines before the template's own, and where logs and script go."""
+
+    options: dict[str, str]
+    lines: list[str]
+    folder: Path
+
+
+def sweep(args: Sequence[str]) -> list[list[str]]:
+    """Every combination of `key=a,b,…`, the last key fastest; commas within brackets and quotes do not count."""
+    words = [word for word in args if word not in MULTIRUN]
+    choices = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        choices.append([key + equals + value for value in _values(text)] if equals else [word])
+    return [list(row) for row in itertools.product(*choices)]
+
+
+def _values(text: str) -> list[str]:
+    found, closing = [""], []
+    for letter in text:
+        if closing and letter == closing[-1]:
+            closing.pop()
+        elif letter in PAIRS and not (closing and closing[-1] in "'\""):
+            closing.append(PAIRS[letter])
+        if letter == "," and not closing:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
+
+
+def submit(command: str, rows: Sequence[tuple[list[str], Any]]) -> int:
+    """Submit (words, config) of one job, or of every task of an array; returns the exit code 0.
+
+    ConfigError, in one sentence, when it cannot work, or with what Slurm said.
+    """
+    launcher = rows[0][1].launcher
+    if command not in ("train", "probe"):
+        raise ConfigError(f"launcher=slurm is for train and probe: submit `selfsight {command} …` with sbatch --wrap")
+    if any(cfg.launcher != launcher for _, cfg in rows):
+        raise ConfigError("launcher.* is for all tasks of an array: it takes no lists")
+    _check(command, [cfg for _, cfg in rows])
+    plan = _plan(command, rows)
+    script = _script(batch_script(command), plan)
+    if launcher.dry_run:
+        print(script, end="")
+        return 0
+    if not shutil.which("sbatch"):
+        raise ConfigError(
+            "launcher=slurm needs sbatch, which is not on the path here: submit on a machine of the cluster, or print "
+            "the script with launcher.dry_run=true"
+        )
+    if command == "train":
+        _refuse_second_job([Path(cfg.run_dir) for _, cfg in rows])
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    path = plan.folder / f"{command}.sbatch"
+    path.write_text(script)
+    number = _sbatch(path, launcher.partition)
+    if command == "train":
+        for task, (_, cfg) in enumerate(rows):
+            _job_file(Path(cfg.run_dir)).write_text(number if len(rows) == 1 else f"{number}_{task}")
+    what = f"{len(rows)} tasks, " if len(rows) > 1 else ""
+    log = plan.folder / (f"{number}_<task>.log" if len(rows) > 1 else f"{number}.log")
+    print(f"submitted job {number}: {what}log {log}\n  squeue --jobs={number}    scancel {number}", flush=True)
+    return 0
+
+
+# --- what would not work -------------------------------------------------------------------------------------------
+
+
+def _check(command: str, cfgs: list[Any]) -> None:
+    launcher, number = cfgs[0].launcher, os.environ.get("SLURM_STEP_ID", "")
+    if number.isdigit() and int(number) < 1 << 31:  # larger ones: the shell of salloc, from which one may submit
+        raise ConfigError("launcher=slurm was given to the processes of srun, and each would submit: leave it out")
+    if launcher.minutes and (launcher.signal_seconds or 0) >= 60 * launcher.minutes:
+        raise ConfigError(
+            f"launcher.signal_seconds={launcher.signal_seconds} leaves nothing of launcher.minutes={launcher.minutes}"
+        )
+    if command == "probe":
+        for key in ("nodes", "tasks_per_node", "gpus_per_node"):
+            if (launcher[key] or 0) > 1:
+                raise ConfigError(f"launcher.{key}={launcher[key]}: a probe is one process on at most one GPU; leave "
+                                  "it out, and use -m for many probes")  # fmt: skip
+    for cfg in cfgs:
+        if command == "train":
+            _check_training(cfg)
+    where = Counter(str(_place(command, cfg)) for cfg in cfgs)
+    if twice := [place for place, count in where.items() if count > 1]:
+        key = "run_dir" if command == "train" else "out"
+        raise ConfigError(f"several tasks would write {twice[0]}: give {key}= with as many values, or start them alone")
+
+
+def _check_training(cfg: Any) -> None:
+    launcher, trainer, (gpus, tasks) = cfg.launcher, cfg.trainer, _per_node(cfg)
+    if gpus and trainer.accelerator == "cpu":
+        raise ConfigError(f"trainer.accelerator=cpu and launcher.gpus_per_node={gpus} disagree: leave one of them out")
+    if not gpus and trainer.accelerator == "gpu":
+        raise ConfigError("trainer.accelerator=gpu and launcher.gpus_per_node=0 disagree: leave one of them out")
+    if gpus and tasks != gpus:
+        raise ConfigError(
+            f"launcher.tasks_per_node={tasks} and launcher.gpus_per_node={gpus}: every GPU has one process; leave "
+            "launcher.tasks_per_node out"
+        )
+    for key, said, here in (
+        ("devices", trainer.devices, tasks),
+        ("num_nodes", trainer.num_nodes, launcher.nodes),
+    ):
+        if said not in ("auto", 1, here):
+            raise ConfigError(f"trainer.{key}={said}, and the job has {here}: leave trainer.{key} out")
+    if cfg.batch_size % (world := launcher.nodes * tasks):
+        raise ConfigError(f"batch_size={cfg.batch_size} does not divide by the {world} processes of the job")
+    config.changes(cfg)
+
+
+def _refuse_second_job(run_dirs: list[Path]) -> None:
+    """Two jobs in one run folder would write over each other."""
+    for run_dir in run_dirs:
+        file = _job_file(run_dir)
+        if file.exists() and in_queue(number := file.read_text().strip()):
+            raise ConfigError(f"job {number} in Slurm's queue is for {run_dir}: wait for it, or end it with scancel "
+                              f"{number}")  # fmt: skip
+
+
+def _job_file(run_dir: Path) -> Path:
+    path = run_dir / "slurm" / "job"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _sbatch(path: Path, partition: str | None) -> str:
+    """The number of the job; Slurm's refusal as a ConfigError."""
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(path)], env=slurm_env(), capture_output=True, text=True, check=False
+    )
+    number = done.stdout.strip().split(";")[0]
+    if done.returncode or not number.isdigit():
+        said = [re.sub(r"^sbatch: (error: )?", "", line) for line in done.stderr.splitlines() if line.strip()]
+        where = f" (launcher.partition={partition})" if partition else ""
+        raise ConfigError(f"Slurm does not take the job{where}: {'; '.join(said) or 'sbatch said nothing'}")
+    return number
+
+
+# --- the script ----------------------------------------------------------------------------------------------------
+
+
+def _per_node(cfg: Any) -> tuple[int, int]:
+    """GPUs and processes of one node."""
+    gpus = cfg.launcher.gpus_per_node
+    if gpus is None:
+        on_cpu = cfg.trainer.accelerator == "cpu" if "trainer" in cfg else str(cfg.device) == "cpu"
+        gpus = 0 if on_cpu else 1
+    return gpus, cfg.launcher.tasks_per_node or max(1, gpus)
+
+
+def _place(command: str, cfg: Any) -> Path:
+    """What a task writes: its run folder, or the JSON of a probe."""
+    return Path(cfg.run_dir) if command == "train" else result_path(cfg)
+
+
+def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
+    cfg = rows[0][1]
+    launcher, (gpus, tasks), place = cfg.launcher, _per_node(cfg), _place(command, cfg).expanduser().absolute()
+    folder = (place if command == "train" else place.parent) / "slurm"
+    log = str(folder / ("%A_%a.log" if len(rows) > 1 else "%j.log"))
+    if "%" in str(folder) or "\\" in str(folder):  # Slurm's own signs in names of logs
+        raise ConfigError(f"{folder}: Slurm cannot write logs to a folder with % or \\ in its name; give another one")
+    options = {
+        "job-name": f"selfsight-{place.stem if command == 'train' else 'probe'}",
+        "nodes": str(launcher.nodes),
+        "gpus-per-node": str(gpus or ""),
+        "ntasks-per-node": str(tasks),
+        "cpus-per-task": str(launcher.cpus_per_task),
+        "partition": launcher.partition or "",
+        "output": log,
+    }
+    if launcher.minutes:
+        options["time"] = str(launcher.minutes)
+    if launcher.signal_seconds:
+        options["signal"] = f"USR1@{launcher.signal_seconds}"
+    if len(rows) > 1:
+        options["array"] = f"0-{len(rows) - 1}" + (f"%{launcher.max_running}" if launcher.max_running else "")
+    for option in launcher.sbatch:
+        name, _, value = option.removeprefix("--").partition("=")
+        options[name if option.startswith("--") else option] = value or None
+    lines = [
+        f"export SELFSIGHT_PYTHON={shlex.quote(sys.executable)}",
+        f"export PYTHONPATH={shlex.quote(str(source_dir()))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *([f"export SELFSIGHT_MAX_REQUEUES={launcher.max_requeues}"] if launcher.max_requeues is not None else []),
+        *launcher.setup,
+    ]
+    jobs = [_set(command, words, cfg) for words, cfg in rows]
+    if len(jobs) > 1:
+        cases = [f"  {task}) {words} ;;" for task, words in enumerate(jobs)]
+        jobs = ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
+    return Plan(options, [*lines, *jobs], folder)
+
+
+def _set(command: str, words: list[str], cfg: Any) -> str:
+    """The line of shell that gives the template its words."""
+    ours = ["launcher", *(("run_dir", "trainer.devices", "trainer.num_nodes") if command == "train" else ())]
+    kept = [word for word in words if not _is_of(word, ours)]
+    kept.append("launcher=local")  # whatever an experiment says
+    if command == "train":
+        kept.append(f"run_dir={text_of(str(Path(cfg.run_dir).expanduser().absolute()))}")
+        if not _per_node(cfg)[0]:
+            kept.append("trainer.accelerator=cpu")
+    return f"set -- {shlex.join(kept)}"
+
+
+def _is_of(word: str, keys: Sequence[str]) -> bool:
+    key = word.partition("=")[0].strip().lstrip("+~")
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
+def _script(template: Path, plan: Plan) -> str:
+    """The template with the plan's options (empty: taken out; None: one without a value) and lines before its own."""
+    lines = template.read_text().splitlines()
+    found = {i: line.removeprefix("#SBATCH --").partition("=") for i, line in enumerate(lines) if "#SBATCH --" in line}
+    options: dict[str, str | None] = {name: value if equals else None for name, equals, value in found.values()}
+    options |= plan.options
+    made = [f"#SBATCH {name if name.startswith('-') else f'--{name}'}" + ("" if value is None else f"={_quote(value)}")
+            for name, value in options.items() if value != ""]  # fmt: skip
+    head = [lines[0], f"# slurm/{template.name}, filled in by launcher=slurm"]
+    return "\n".join([*head, *made, *plan.lines, *lines[max(found) + 1 :]]) + "\n"
+
+
+def _quote(value: str) -> str:
+    """For a line of #SBATCH, which has quotes but is no shell."""
+    return f'"{value}"' if re.search(r"\s", value) else value
