@@ -14,9 +14,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from ..config import ConfigError
+from . import sharded
 
 
 def precision_of(wanted: str, on_gpu: bool) -> str:
@@ -28,6 +29,21 @@ def precision_of(wanted: str, on_gpu: bool) -> str:
     if not on_gpu:
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def strategy_of(cfg: Any, processes: int, precision: str) -> Strategy | str:
+    """How processes share the work: each with the whole model, or with shards of it; ConfigError where that cannot be.
+
+    One process has nothing to shard, so a sharded run may be continued there as it is.
+    """
+    wanted = cfg.trainer.strategy
+    if wanted == "fsdp":
+        sharded.refuse(cfg, precision)
+        if processes > 1:
+            return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+    if processes > 1 or wanted == "ddp":
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return "auto"
 
 
 def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -50,13 +66,13 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     exact = cfg.deterministic == "exact"
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    many = devices * cfg.trainer.num_nodes > 1 or cfg.trainer.strategy == "ddp"
+    precision = precision_of(cfg.trainer.precision, on_gpu)
     trainer = pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=devices,
         num_nodes=cfg.trainer.num_nodes,
-        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if many else "auto",
-        precision=precision_of(cfg.trainer.precision, on_gpu),
+        strategy=strategy_of(cfg, devices * cfg.trainer.num_nodes, precision),
+        precision=precision,
         max_epochs=1,
         deterministic=exact,
         benchmark=on_gpu and not exact,
