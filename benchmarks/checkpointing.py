@@ -89,12 +89,15 @@ def table(results: dict[str, Any]) -> str:
     rows = ["| DINO, two views, float32, CPU | images | peak, kept | peak, recomputed | memory | time |",
             "|---|---|---|---|---|---|"]  # fmt: skip
     for name, r in results["models"].items():
-        rows.append(
-            f"| {name}, {r['image_size']} px | {r['batch_size']} | {r['mib_kept']:.0f} MiB | {r['mib_again']:.0f} MiB | "
-            f"x {r['memory_ratio']:.2f} | x {r['time_ratio']:.2f} |"
-        )
-    rows.append(f"\nMeasured {results['machine']['date']} by `benchmarks/checkpointing.py`: activations and gradients of "
-                "forward and backward; processor time of a step.")  # fmt: skip
+        kept, again = (f"{r[key]:.0f} MiB" for key in ("mib_kept", "mib_again"))
+        ratios = f"x {r['memory_ratio']:.2f} | x {r['time_ratio']:.2f}"
+        rows.append(f"| {name}, {r['image_size']} px | {r['batch_size']} | {kept} | {again} | {ratios} |")
+    machine = results["machine"]
+    rows += [
+        "",
+        f"Measured {machine['date']} by `benchmarks/checkpointing.py`, torch {machine['torch']}: activations and",
+        "gradients of forward and backward; processor time of a step.",
+    ]
     return "\n".join(rows)
 
 

@@ -52,6 +52,7 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # teachers are
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # runs on login nodes are no mistake
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # the older name works with every torch
     on_gpu = cfg.trainer.accelerator == "gpu" or (cfg.trainer.accelerator == "auto" and torch.cuda.is_available())
     devices = cfg.trainer.devices
