@@ -49,7 +49,7 @@ from selfsight.objectives.objective import Objective
 from selfsight.training import sharded
 from selfsight.training.loop import RunStopped, same_start
 from selfsight.training.module import Module
-from selfsight.training.teacher import is_sharded
+from selfsight.training.teacher import is_sharded, local
 from selfsight.views.photo import prepare
 from selfsight.views.spec import Batch
 
@@ -177,6 +177,8 @@ def _two_steps(words: tuple[str, ...], rank: int, world: int, how: str) -> dict[
         sharded.shard(objective, init_device_mesh("cpu", (world,)))
         if hasattr(objective, "ema"):
             objective.ema.bind()
+        held, all_of_it = (sum(f(p).numel() for p in objective.parameters()) for f in (local, lambda p: p))
+        assert held < 0.6 * all_of_it, f"{held} of {all_of_it} numbers stay here"
     elif world > 1:
         net = DistributedDataParallel(net, broadcast_buffers=False)
     learning = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]

@@ -82,6 +82,26 @@ def test_a_generic_model_is_refused_in_one_sentence(tmp_path):
         runs.run_here(tmp_path / "r", *words, "trainer.checkpointing=true", without=("image_size",))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["backbone=vit_nano", "backbone=shvit_nano_lite"])
+def test_compiled_blocks_can_be_recomputed(family):
+    cfg = config.load("train", ["objective=dino", family, "image_size=64", "batch_size=4", "views.local.n=0"])
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        objective = build_objective(cfg, total_steps=1, steps_per_epoch=1).train()
+        objective.compile(backend="aot_eager", fullgraph=True)
+        if again:
+            objective.checkpoint_blocks()
+        backbone = objective.student["backbone"]
+        torch.manual_seed(1)
+        backbone(torch.randn(2, 3, 64, 64)).pooled.square().sum().backward()
+        found.append({n: p.grad for n, p in backbone.named_parameters()} | dict(backbone.named_buffers()))
+    for key, value in found[0].items():
+        if value is not None:
+            torch.testing.assert_close(found[1][key], value, msg=lambda m, k=key: f"{k}: {m}")
+
+
 def test_decoders_and_predictors_are_recomputed_too():
     for name, part in (("mae", "decoder"), ("ijepa", "predictor")):
         cfg = config.load("train", [f"objective={name}", "backbone=vit_nano", "image_size=32"])

@@ -1,5 +1,7 @@
 """`trainer.strategy=fsdp`: two processes with shards end where two whole ones do, and one goes on from there."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ WORDS = (
     "trainer.max_batch_per_device=2",
 )  # fmt: skip
 REFUSED = {
-    "adapt=lora": "adapt=lora: the frozen backbone",
+    "adapt=lora": "adapt=lora: student and teacher",
     "trainer.compile=true": "trainer.compile=true",
     "trainer.precision=16-mixed": "trainer.precision=16-mixed",
 }
@@ -42,8 +44,8 @@ def test_one_process_has_nothing_to_shard():
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """Two processes with DDP; two with shards; two with shards that are stopped, and one that goes on."""
+def both(tmp_path_factory):
+    """A run of two processes with DDP, and one of two with shards and recomputed blocks."""
     root = tmp_path_factory.mktemp("fsdp")
     two = ("trainer.devices=2",)
     started = {
@@ -56,33 +58,36 @@ def three(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_shards_end_where_whole_processes_do(three):
-    ddp, fsdp = (runs.final_state(three / name) for name in ("ddp", "fsdp"))
+def test_shards_end_where_whole_processes_do(both):
+    ddp, fsdp = (runs.final_state(both / name) for name in ("ddp", "fsdp"))
     assert {k: v.shape for k, v in ddp.items()} == {k: v.shape for k, v in fsdp.items()}
     for key in ddp:
         torch.testing.assert_close(fsdp[key], ddp[key], rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_judged_and_exported(three):
-    for row, other in zip(*(read_metrics(three / name / "metrics.csv") for name in ("ddp", "fsdp"))):
+def test_a_sharded_run_is_judged_and_exported(both):
+    for row, other in zip(*(read_metrics(both / name / "metrics.csv") for name in ("ddp", "fsdp"))):
         for key in ("step", "loss", "knn", "rankme"):
             assert (row[key] == "") == (other[key] == "")
             if row[key]:
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-3, abs=1e-3), key
-    assert (three / "fsdp" / "export" / "model.safetensors").exists()
+    assert (both / "fsdp" / "export" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_from_shards(three):
-    import shutil
-
-    for name in ("ddp", "fsdp"):
-        shutil.copytree(three / name, three / f"{name}-on")
-    more = tuple("max_steps=8" if word == "max_steps=6" else word for word in WORDS)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_from_what_shards_left(both, processes):
+    """On one process and on two with shards, as from the checkpoint of whole processes."""
+    more = [word.replace("max_steps=6", "max_steps=8") for word in WORDS] + ["allow_change=true"]
     for name, strategy in (("ddp", "auto"), ("fsdp", "fsdp")):
-        words = (*more, "allow_change=true", f"trainer.strategy={strategy}")
-        assert runs.run_here(three / f"{name}-on", *words)["steps"] == 8
-    ddp, fsdp = (runs.final_state(three / f"{name}-on") for name in ("ddp", "fsdp"))
+        words, folder = [*more, f"trainer.strategy={strategy}"], both / f"{name}-on-{processes}"
+        shutil.copytree(both / name, folder)
+        if processes == 1:
+            assert runs.run_here(folder, *words)["steps"] == 8
+        else:
+            process = runs.start(folder, *words, "trainer.devices=2")
+            assert process.wait(900) == 0, folder.with_suffix(".log").read_text()
+    ddp, fsdp = (runs.final_state(both / f"{name}-on-{processes}") for name in ("ddp", "fsdp"))
     for key in ddp:
         torch.testing.assert_close(fsdp[key], ddp[key], rtol=1e-4, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}")

@@ -25,21 +25,28 @@ if TYPE_CHECKING:
 
 def refuse(cfg: Any, precision: str) -> None:
     """ConfigError, in one sentence, for what cannot go together with shards."""
-    reasons = {
-        f"adapt={cfg.adapt.name}": (cfg.adapt.name != "none", "the frozen backbone is shared by student and teacher"),
-        "trainer.compile=true": (cfg.trainer.compile is True, "blocks are gathered by hooks that do not compile"),
-        "trainer.precision=16-mixed": (precision == "16-mixed", "the loss scaler sees the gradients of one process"),
-        "backbone=timm": (cfg.backbone.family == "timm", "a generic model is not walked block by block"),
-    }
-    instead = {
-        f"adapt={cfg.adapt.name}": "trainer.strategy=ddp, where gradients and moments are those of the adapters alone",
-        "trainer.compile=true": "trainer.compile=false",
-        "trainer.precision=16-mixed": "trainer.precision=bf16-mixed or 32",
-        "backbone=timm": "trainer.strategy=ddp, or a ViT, ConvNeXt or SHViT",
-    }
-    for words, (given, why) in reasons.items():
+    adapt = f"adapt={cfg.adapt.name}"
+    cases = (
+        (
+            cfg.adapt.name != "none", adapt, "student and teacher share the frozen backbone",
+            "trainer.strategy=ddp, where gradients and moments are those of the adapters alone",
+        ),
+        (
+            cfg.trainer.compile is True, "trainer.compile=true", "blocks are gathered by hooks that do not compile",
+            "trainer.compile=false",
+        ),
+        (
+            precision == "16-mixed", "trainer.precision=16-mixed", "the loss scaler sees the gradients of one process",
+            "trainer.precision=bf16-mixed or 32",
+        ),
+        (
+            cfg.backbone.family == "timm", "backbone=timm", "a generic model is not walked block by block",
+            "trainer.strategy=ddp, or a ViT, ConvNeXt or SHViT",
+        ),
+    )  # fmt: skip
+    for given, words, why, instead in cases:
         if given:
-            raise ConfigError(f"trainer.strategy=fsdp does not go together with {words}: {why}; use {instead[words]}")
+            raise ConfigError(f"trainer.strategy=fsdp does not go together with {words}: {why}; use {instead}")
 
 
 def shard(objective: Objective, mesh: DeviceMesh) -> None:
