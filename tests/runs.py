@@ -88,14 +88,14 @@ def _lines(path: Path) -> list[str]:
     return []
 
 
-def shard(path: Path, n: int, bad: Collection[int] = ()) -> str:
-    """A labelled shard of n images; those in `bad` are cut short. Returns its path."""
+def shard(path: Path, n: int, bad: Collection[int] = (), labelled: bool = True) -> str:
+    """A shard of n images; those in `bad` are cut short. Returns its path."""
     with wds.TarWriter(str(path)) as writer:
         for i in range(n):
             out = io.BytesIO()
             Image.effect_noise((32, 32), 60 + i).convert("RGB").save(out, "JPEG")
             image = out.getvalue()[:40] if i in bad else out.getvalue()
-            writer.write({"__key__": f"s{i:04d}", "jpg": image, "cls": str(i % 3)})
+            writer.write({"__key__": f"s{i:04d}", "jpg": image} | ({"cls": str(i % 3)} if labelled else {}))
     return str(path)
 
 

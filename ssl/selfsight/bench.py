@@ -76,6 +76,8 @@ def bench(cfg: Any) -> dict:
     _print_setting(cfg, source, setting)
     if setting.compiled:
         objective.compile(fullgraph=True, dynamic=False)
+    if cfg.trainer.checkpointing:
+        objective.checkpoint_blocks()
     samples, module = _assemble(cfg, source, objective)
     try:
         model = measure_model(single, module, samples, setting)

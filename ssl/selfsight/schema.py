@@ -536,7 +536,8 @@ class Trainer:
     num_nodes: int = integer(1)
     accelerator: str = one_of("auto", "auto", "cpu", "gpu")
     precision: str = one_of("auto", "auto", "32", "bf16-mixed", "16-mixed")
-    strategy: str = one_of("auto", "auto", "ddp")
+    strategy: str = one_of("auto", "auto", "ddp", "fsdp")
+    checkpointing: bool = False
     compile: Any = _field(False, "auto, true or false", _auto_or_bool)
     max_batch_per_device: int | None = integer(None)
     hang_minutes: float = number(30.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
@@ -140,6 +140,9 @@ class Generic(Backbone):
             patches = self._tokens(final)
         prefix = final[:, : self.prefix] if self.prefix else pooled[:, None]
         return Tokens(pooled, patches, prefix, tuple(maps[i % self.depth] for i in layers))
+
+    def wrap_walkers(self, wrap: Callable[[Callable], Callable]) -> list[nn.Module]:
+        return []  # timm runs its own blocks
 
     def final_norm(self) -> nn.Module | None:
         return self.fuse.norm if self.fuse is not None else None

@@ -179,6 +179,13 @@ class Backbone(nn.Module):
         allow_graphs()
         self.block_fn = torch.compile(self.block_fn, **kwargs)
 
+    def wrap_walkers(self, wrap: Callable[[Callable], Callable]) -> list[nn.Module]:
+        """Replace the walker of a block, f(block, ...), by wrap(f); the blocks that are walked."""
+        from .watch import blocks_of
+
+        self.block_fn = wrap(self.block_fn)
+        return list(blocks_of(self.timm).values())
+
 
 def need_cells(backbone: Backbone, size: int, what: str) -> None:
     """BackboneError where images of `size` have too few cells for hiding some; `what` names the key."""

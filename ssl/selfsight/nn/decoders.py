@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -79,6 +81,11 @@ class PixelTransformer(nn.Module):
     def compile_blocks(self, **kwargs) -> None:
         self.block_fn = torch.compile(self.block_fn, **kwargs)
         self.last_block_fn = torch.compile(self.last_block_fn, **kwargs)
+
+    def wrap_walkers(self, wrap: Callable[[Callable], Callable]) -> list[nn.Module]:
+        """See `Backbone.wrap_walkers`."""
+        self.block_fn, self.last_block_fn = wrap(self.block_fn), wrap(self.last_block_fn)
+        return list(self.blocks)
 
 
 # Which decoders a family can feed; the first is `decoder=auto`.

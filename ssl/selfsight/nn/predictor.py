@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
@@ -71,3 +73,8 @@ class Predictor(nn.Module):
         allow_graphs()
         self.block_fn = torch.compile(self.block_fn, **kwargs)
         self.last_block_fn = torch.compile(self.last_block_fn, **kwargs)
+
+    def wrap_walkers(self, wrap: Callable[[Callable], Callable]) -> list[nn.Module]:
+        """See `Backbone.wrap_walkers`."""
+        self.block_fn, self.last_block_fn = wrap(self.block_fn), wrap(self.last_block_fn)
+        return list(self.blocks)

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..backbones.tokens import Backbone, Needs
+from ..backbones.tokens import Backbone, BackboneError, Needs
 from ..nn.global_batchnorm import GlobalBatchNorm
+from ..nn.recompute import recomputed
 from ..views.spec import Batch, Views
 
 Logs = dict[str, Tensor]
@@ -77,6 +78,20 @@ class Objective(nn.Module):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures of a prepared and drawn batch: name -> float [B, 3, H, W] in the units of batch["images"]."""
         return {}
+
+    def checkpoint_blocks(self) -> None:
+        """Recompute blocks of backbones, decoders and predictors in the backward pass instead of keeping what they
+        computed; BackboneError where the backbone is not walked block by block."""
+        for backbone in self.exports().values():
+            if not backbone.wrap_walkers(lambda walker: walker):
+                raise BackboneError(
+                    f"trainer.checkpointing=true recomputes the blocks of ViT, ConvNeXt and SHViT, and "
+                    f"{backbone.architecture} runs as a generic timm model; use trainer.checkpointing=false and a "
+                    "smaller trainer.max_batch_per_device"
+                )
+        for module in self.modules():
+            if module is not self and hasattr(module, "wrap_walkers"):
+                module.wrap_walkers(recomputed)
 
     def compile(self, **kwargs) -> None:  # type: ignore[override]
         """Compile the hot regions (blocks of backbones and decoders); `draw` and `loss` themselves stay eager."""

@@ -35,10 +35,12 @@ class CheckpointError(ValueError):
 
 def unique_state(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a module, each storage once (a teacher may share tensors with its student)."""
-    seen: set[tuple] = set()
+    seen: set[tuple | int] = set()
     state = {}
     for name, value in module.state_dict(keep_vars=True).items():
-        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
+        # Parts of sharded tensors have no storage of their own to compare; what is shared is then one object.
+        sharded = hasattr(value, "to_local")
+        place = id(value) if sharded else (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
         if value.numel() and place in seen:
             continue
         seen.add(place)

@@ -19,9 +19,10 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from ..config import ConfigError
+from . import sharded
 
 
 def precision_of(wanted: str, on_gpu: bool) -> str:
@@ -61,6 +62,21 @@ def _environment() -> ClusterEnvironment | None:
     return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
 
 
+def strategy_of(cfg: Any, processes: int, precision: str) -> Strategy | str:
+    """How processes share the work: each with the whole model, or with shards of it; ConfigError where that cannot be.
+
+    One process has nothing to shard, so a sharded run may be continued there as it is.
+    """
+    wanted = cfg.trainer.strategy
+    if wanted == "fsdp":
+        sharded.refuse(cfg, precision)
+        if processes > 1:
+            return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+    if processes > 1 or wanted == "ddp":
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return "auto"
+
+
 def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     """A trainer for one run of the remaining steps as a single epoch."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -83,13 +99,13 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     environment = _environment()
-    many = devices * cfg.trainer.num_nodes > 1 or cfg.trainer.strategy == "ddp"
+    precision = precision_of(cfg.trainer.precision, on_gpu)
     trainer = pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=devices,
         num_nodes=cfg.trainer.num_nodes,
-        strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True) if many else "auto",
-        precision=precision_of(cfg.trainer.precision, on_gpu),
+        strategy=strategy_of(cfg, devices * cfg.trainer.num_nodes, precision),
+        precision=precision,
         max_epochs=1,
         deterministic=exact,
         benchmark=on_gpu and not exact,

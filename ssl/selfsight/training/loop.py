@@ -19,11 +19,13 @@ from torch import Tensor
 
 from ..config import ConfigError
 from ..faults import fault
+from ..objectives.objective import Objective
 from . import checkpoint, replay
 from .evals import Evals
 from .log import Bar, Metrics, Speed, duration, log_line
 from .module import Module
 from .optim import optimizer_state
+from .sharded import Whole, together
 from .stop import Agreement, Clock, StopFlag
 from .watchdog import DATA, STEP, Watchdog
 
@@ -69,6 +71,7 @@ class AfterStep(pl.Callback):
     def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int, bool, bool], dict[str, float]]):
         self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, None
         self.watchdog: Watchdog | None = None
+        self.whole: Whole | None = None  # of a sharded run
         self.evals: Evals | None = None  # on every process, as checkpoints are agreed on; rank 0 does the rest
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
         self.sums: dict[str, Tensor] = {}
@@ -150,17 +153,24 @@ class AfterStep(pl.Callback):
             )
             return
         numbers: dict[str, float] = {}
+        if self.whole is not None and (measure or draw or inline):
+            self.whole.refresh()
         if (measure or draw) and self.rank == 0:
             with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 numbers = self.evaluate(step, measure, draw)
         if inline and self.rank == 0:
             with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 self.evals.inline(step)
+        if self.whole is not None:
+            self.whole.rest()
         if measure or step % plan.log_every == 0 or last:
             self._log(trainer, module, numbers)
-        if saving or self._is_best(numbers):
+        best = self._is_best(numbers)
+        if self.whole is not None and measure:  # others must give their shards
+            best = bool(self.agreement.now(int(best), 0, 0, 0).stop)
+        if saving or best:
             with _Pause(self.speed), self.watchdog.busy("saving"):
-                self._save(trainer, module, self._is_best(numbers), last or bool(agreed.stop))
+                self._save(trainer, module, best, last or bool(agreed.stop))
         if self.evals and self.rank == 0 and (last or not agreed.stop):
             with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 self.evals.after_step(step)
@@ -273,13 +283,14 @@ class AfterStep(pl.Callback):
     def _save(self, trainer: pl.Trainer, module: Module, is_best: bool, must: bool) -> None:
         plan = self.plan
         self.clock.reset()
+        optim = optimizer_state(trainer.optimizers[0])
+        if self.whole is not None:
+            self.whole.refresh()
+            optim = together(optim, keep=self.rank == 0)
         if self.rank != 0:
             return
         knn = float(self.metrics.rows[-1]["knn"]) if is_best else None
-        files = {
-            "model": checkpoint.unique_state(module.objective),
-            "optim": optimizer_state(trainer.optimizers[0]),
-        }
+        files = {"model": checkpoint.unique_state(self._objective(module)), "optim": optim}
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         meta = plan.meta | {
             "images": module.step * plan.batch_size,
@@ -302,6 +313,10 @@ class AfterStep(pl.Callback):
                 ) from error
             self.bar.line(f"checkpoint at step {module.step} FAILED: {error}; earlier ones stand, will try again")
 
+    def _objective(self, module: Module) -> Objective:
+        """The objective with whole weights (rank 0)."""
+        return module.objective if self.whole is None else self.whole.twin.objective
+
     def _stop(self, trainer: pl.Trainer, message: str, code: int) -> None:
         self.stopped = RunStopped(message, code)
         trainer.should_stop = True
@@ -313,10 +328,12 @@ class AfterStep(pl.Callback):
         step, batch = bad or (module.recent[-1][0], module.recent[-1][2])
         facts = {"total_steps": plan.total_steps, "mean": module.mean.tolist(), "std": module.std.tolist(),
                  "steps_per_epoch": (plan.num_samples or math.inf) / plan.batch_size}  # fmt: skip
+        if self.whole is not None:
+            self.whole.refresh()
         path = replay.keep_batch(plan.run_dir, self.rank, step, batch, facts)
         if self.rank == 0:
             try:
-                replay.keep_weights(plan.run_dir, step, module.objective)
+                replay.keep_weights(plan.run_dir, step, self._objective(module))
             except OSError as error:
                 self.bar.line(f"the weights of step {step} cannot be saved ({error})")
         self._stop(

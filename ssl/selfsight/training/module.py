@@ -17,6 +17,8 @@ from ..views.photo import prepare
 from ..views.spec import Batch
 from .optim import build_adamw, clip_per_tensor, load_optimizer_state, param_groups
 from .schedules import Schedule
+from .sharded import norms_of_all, shard
+from .teacher import local
 
 
 class Module(pl.LightningModule):
@@ -45,8 +47,17 @@ class Module(pl.LightningModule):
         self.recent: deque[tuple[int, Tensor, Batch]] = deque(maxlen=4)  # (step, finite, batch), for reports
         self.last_logs: dict[str, Tensor] = {}
         self.finite: Tensor | None = None  # stays on the device; read one step later
+        self.sharded = False
+
+    def configure_model(self) -> None:
+        """Cut the objective into shards where the strategy has prepared a mesh of processes for them."""
+        if self._device_mesh is not None and not self.sharded:
+            shard(self.objective, self._device_mesh["data_parallel"])
+            self.sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.sharded and hasattr(self.objective, "ema"):  # its parameters are others now
+            self.objective.ema.bind()
         groups = param_groups(self.objective, self.optim.weight_decay, self.optim.decay_rule)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         # One kernel per step, on CPUs too, where torch would loop over parameters. Not with a scaler: a fused optimizer
@@ -82,7 +93,9 @@ class Module(pl.LightningModule):
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
         if not parameters:
             return
-        norms = torch._foreach_norm([p.grad for p in parameters])
+        norms = torch._foreach_norm([local(p.grad) for p in parameters])
+        if self.sharded:
+            norms = norms_of_all(norms)
         total = torch.linalg.vector_norm(torch.stack(norms))
         self._guard(optimizer, total)
         if not self.optim.clip:  # 0: off, whatever the recipe says
@@ -90,7 +103,8 @@ class Module(pl.LightningModule):
         if self.optim.clip_mode == "per_tensor":
             clip_per_tensor(parameters, self.optim.clip, norms)
         else:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, total)
+            scale = torch.clamp(self.optim.clip / (total + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+            torch._foreach_mul_([local(p.grad) for p in parameters], scale)
 
     def _guard(self, optimizer: Any, norm: Tensor) -> None:
         """Nothing that is not finite reaches the weights: a fused optimizer skips its step by a flag on the device, so

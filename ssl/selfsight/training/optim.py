@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..objectives.objective import Objective
+from .sharded import part_of
+from .teacher import is_sharded, local
 
 
 def decays(name: str, parameter: Tensor, no_decay: Iterable[str], rule: str) -> bool:
@@ -72,6 +74,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tenso
                 # AdamW keeps its step count on the CPU unless it is fused.
                 keep = slot == "step" and not group.get("fused")
                 state[slot] = value.clone() if keep else value.to(parameter.device, copy=True)
+                if is_sharded(parameter) and value.ndim:
+                    state[slot] = part_of(value, parameter)
             optimizer.state[parameter] = state
     if slots:
         raise KeyError(f"the checkpoint's optimizer state names parameters that do not exist here: {sorted(slots)[:3]}")
@@ -81,7 +85,7 @@ def clip_per_tensor(parameters: Iterable[nn.Parameter], max_norm: float, norms: 
     """Scale each gradient to at most `max_norm` on its own (the DINO reference's way), without a host sync.
 
     norms: of the gradients that are there, where they are known."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
     if grads:
         norms = torch._foreach_norm(grads) if norms is None else norms
         torch._foreach_mul_(grads, [(max_norm / (n + 1e-6)).clamp(max=1.0) for n in norms])

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -40,6 +41,7 @@ from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
+from .sharded import Whole
 from .start import fill, keep, kept, open_start
 from .stop import StopFlag, peer_is_gone
 
@@ -72,6 +74,8 @@ class Run:
         self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
             tried = build_objective(cfg, total_steps=1, steps_per_epoch=1)
+        if cfg.trainer.checkpointing:
+            tried.checkpoint_blocks()
         self.weights = open_start(cfg.init_from, tried) if self.start_path is None else None
         self.source = self._open()
         self.val = open_source(cfg.data, "val")
@@ -218,12 +222,7 @@ class Run:
         optimizer_state, meta = self._load(objective)
         if self.weights is not None:
             self.began, self.weights = fill(objective, self.weights, self.mean, self.std), None
-        o = cfg.optim
-        self.module = Module(
-            objective, o, self._schedule(), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
-            weight_decay=cosine(o.weight_decay, o.weight_decay_end, round(self.total_steps * o.ipe_scale)),
-            optimizer_state=optimizer_state, scaler_state=meta.get("scaler"),
-        )  # fmt: skip
+        self.module = self.shown = self._module(objective, optimizer_state, meta.get("scaler"))
         plan = self._plan()
         plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
         after = AfterStep(plan, self.flag, self._evaluate)
@@ -233,11 +232,16 @@ class Run:
         plan.micro_batches = micro_batches(cfg.batch_size, world, cfg.trainer.max_batch_per_device)
         trainer.accumulate_grad_batches = plan.micro_batches
         loader = self._loader(trainer, plan)
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        if sharded:
+            after.whole = self._whole()
         if self.rank == 0:
             self._begin(world, device, plan, loader.num_workers)
             after.sink = self.sink
-        if (cfg.trainer.compile == "auto" and device.type == "cuda") or cfg.trainer.compile is True:
+        if (cfg.trainer.compile == "auto" and device.type == "cuda" and not sharded) or cfg.trainer.compile is True:
             objective.compile(fullgraph=True, dynamic=False)
+        if cfg.trainer.checkpointing:
+            objective.checkpoint_blocks()
         after.started = time.monotonic()
         if self.start < self.total_steps:
             try:
@@ -256,6 +260,22 @@ class Run:
         if after.stopped is not None:
             raise after.stopped
         return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
+
+    def _module(self, objective: Objective, optimizer_state: dict | None = None, scaler: dict | None = None) -> Module:
+        o = self.cfg.optim
+        return Module(
+            objective, o, self._schedule(), mean=tuple(self.mean), std=tuple(self.std), step=self.start,
+            weight_decay=cosine(o.weight_decay, o.weight_decay_end, round(self.total_steps * o.ipe_scale)),
+            optimizer_state=optimizer_state, scaler_state=scaler,
+        )  # fmt: skip
+
+    def _whole(self) -> Whole:
+        """What puts shards together; on rank 0 with a twin of the module, which is what is judged and exported."""
+        if self.rank != 0:
+            return Whole(self.module, None)
+        twin = build_objective(self.cfg, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch)
+        self.shown = self._module(twin)
+        return Whole(self.module, self.shown)
 
     def _schedule(self):
         o = self.cfg.optim
@@ -327,7 +347,7 @@ class Run:
             peak = peak_flops(torch.cuda.get_device_name(device), precision)
             plan.peak_flops = peak * world if peak else None
         self.judge = Judge(
-            cfg, self.module, device, train=None if self.streaming else self.source, val=self.val,
+            cfg, self.shown, device, train=None if self.streaming else self.source, val=self.val,
             batch_at=self.samples.__getitem__ if self.samples else None, folder=self.dir, measure=bool(plan.knn_every),
         )  # fmt: skip
         if plan.knn_every:
@@ -438,6 +458,8 @@ def _too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
     images = cfg.batch_size // (world * micro)
     less = [f"trainer.max_batch_per_device={images // 2}"] if images > 1 else []
     less += ["trainer.precision=bf16-mixed"] if precision_of(cfg.trainer.precision, True) == "32-true" else []
+    less += ["trainer.checkpointing=true"] if not cfg.trainer.checkpointing else []
+    less += ["trainer.strategy=fsdp"] if world > 1 and cfg.trainer.strategy != "fsdp" else []
     less += ["adapt=lora", "a smaller backbone"]
     return (
         f"{images} images at once do not fit into the memory of {device}; the last checkpoint stands. Use {less[0]} "

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -27,12 +27,27 @@ def set_mode(teacher: nn.Module, training: bool) -> None:
         module.training = training and isinstance(module, _BatchNorm)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of it (a DTensor, whose module only runs of several processes load)."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor (the same memory), without a gradient; other tensors as they are."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+
+
 class Ema:
     """The pairs of parameters of which the teacher's follows the student's."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module):
-        pairs = [(t, s) for t, s in zip(teacher.parameters(), student.parameters(), strict=True) if t is not s]
-        self.teacher, self.student = [t for t, _ in pairs], [s for _, s in pairs]
+        self.networks = teacher, student
+        self.bind()
+
+    def bind(self) -> None:
+        """Find the parameters; again after they were replaced (sharded), where each process averages its own shards."""
+        pairs = [(t, s) for t, s in zip(*(net.parameters() for net in self.networks), strict=True) if t is not s]
+        self.teacher, self.student = ([local(p) for p in side] for side in (zip(*pairs) if pairs else ((), ())))
 
     @torch.no_grad()
     def update_(self, momentum: float) -> None:

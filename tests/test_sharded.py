@@ -1,0 +1,93 @@
+"""`trainer.strategy=fsdp`: two processes with shards end where two whole ones do, and one goes on from there."""
+
+import shutil
+
+import pytest
+import torch
+
+import runs
+from selfsight import config
+from selfsight.config import ConfigError
+from selfsight.training.lightning import make_trainer, strategy_of
+from selfsight.training.log import read_metrics
+
+WORDS = (
+    "objective=dino", "max_steps=6", "knn.every_n_steps=3", "checkpoint.every_n_steps=2", "optim.clip=0.5",
+    "objective.num_prototypes=64", "objective.head_hidden=32", "objective.head_bottleneck=16",
+    "trainer.max_batch_per_device=2",
+)  # fmt: skip
+REFUSED = {
+    "adapt=lora": "adapt=lora: student and teacher",
+    "trainer.compile=true": "trainer.compile=true",
+    "trainer.precision=16-mixed": "trainer.precision=16-mixed",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_cannot_go_together_is_refused_in_one_sentence(word):
+    cfg = config.load("train", ["trainer.strategy=fsdp", "backbone=vit_nano", word])
+    precision = cfg.trainer.precision if "precision" in word else "32-true"
+    with pytest.raises(ConfigError, match=f"trainer.strategy=fsdp does not go together with {REFUSED[word]}.*; use"):
+        strategy_of(cfg, 2, precision)
+
+
+def test_a_generic_model_is_refused():
+    cfg = config.load("train", ["trainer.strategy=fsdp", "objective=dino", "backbone=timm", "backbone.name=resnet18"])
+    with pytest.raises(ConfigError, match="backbone=timm"):
+        strategy_of(cfg, 2, "32-true")
+
+
+def test_one_process_has_nothing_to_shard():
+    cfg = config.load("train", ["trainer.strategy=fsdp", "trainer.devices=1", "trainer.accelerator=cpu"])
+    assert strategy_of(cfg, 1, "32-true") == "auto"
+    assert make_trainer(cfg, []).world_size == 1
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A run of two processes with DDP, and one of two with shards and recomputed blocks."""
+    root = tmp_path_factory.mktemp("fsdp")
+    two = ("trainer.devices=2",)
+    started = {
+        "ddp": runs.start(root / "ddp", *WORDS, *two),
+        "fsdp": runs.start(root / "fsdp", *WORDS, *two, "trainer.strategy=fsdp", "trainer.checkpointing=true"),
+    }
+    for name, process in started.items():
+        assert process.wait(900) == 0, (root / f"{name}.log").read_text()
+    return root
+
+
+@pytest.mark.slow
+def test_shards_end_where_whole_processes_do(both):
+    ddp, fsdp = (runs.final_state(both / name) for name in ("ddp", "fsdp"))
+    assert {k: v.shape for k, v in ddp.items()} == {k: v.shape for k, v in fsdp.items()}
+    for key in ddp:
+        torch.testing.assert_close(fsdp[key], ddp[key], rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_judged_and_exported(both):
+    for row, other in zip(*(read_metrics(both / name / "metrics.csv") for name in ("ddp", "fsdp"))):
+        for key in ("step", "loss", "knn", "rankme"):
+            assert (row[key] == "") == (other[key] == "")
+            if row[key]:
+                assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-3, abs=1e-3), key
+    assert (both / "fsdp" / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_from_what_shards_left(both, processes):
+    """On one process and on two with shards, as from the checkpoint of whole processes."""
+    more = [word.replace("max_steps=6", "max_steps=8") for word in WORDS] + ["allow_change=true"]
+    for name, strategy in (("ddp", "auto"), ("fsdp", "fsdp")):
+        words, folder = [*more, f"trainer.strategy={strategy}"], both / f"{name}-on-{processes}"
+        shutil.copytree(both / name, folder)
+        if processes == 1:
+            assert runs.run_here(folder, *words)["steps"] == 8
+        else:
+            process = runs.start(folder, *words, "trainer.devices=2")
+            assert process.wait(900) == 0, folder.with_suffix(".log").read_text()
+    ddp, fsdp = (runs.final_state(both / f"{name}-on-{processes}") for name in ("ddp", "fsdp"))
+    for key in ddp:
+        torch.testing.assert_close(fsdp[key], ddp[key], rtol=1e-4, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}")
