@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 import runs
+from kill_driver import Job, count, words_for
 from selfsight.training.watchdog import CODE, DATA, STEP, Watchdog
 
 LIMIT = 0.6  # seconds
@@ -30,7 +32,8 @@ def watch(tmp_path):
 
 def note(folder, rank, phase, step, seconds=0.0, age=0.0):
     (folder / ".pulse").mkdir(exist_ok=True)
-    text = json.dumps({"phase": phase, "step": step, "seconds": seconds, "time": time.time() - age})
+    seen = {"phase": phase, "step": step, "seconds": seconds, "time": time.time() - age, "host": "n7", "pid": 41}
+    text = json.dumps(seen)
     (folder / ".pulse" / f"rank-{rank}.json").write_text(text)
 
 
@@ -54,15 +57,29 @@ def test_a_wait_for_data_that_does_not_end_is_named(watch, tmp_path, capfd):
 
 def test_the_process_that_is_behind_is_the_one_that_hangs(watch, tmp_path, capfd):
     make, codes = watch
+    dog = make()
     note(tmp_path, 3, DATA, 6, seconds=70)
     note(tmp_path, 2, STEP, 6, seconds=69)
-    dog = make()
     dog.enter(STEP, 7)  # waits for the others
     dog.start()
     assert ended(codes) == [CODE]
     said = capfd.readouterr().err
     assert "hang: rank 3 has been waiting for data for step 7 since 70 s" in said
     assert "rank 2 has" not in said and "rank 0 has" not in said
+
+
+def test_a_process_that_is_gone_is_named_and_notes_of_an_earlier_session_are_not(watch, tmp_path, capfd):
+    make, codes = watch
+    dog = make()
+    dog.began -= 100
+    note(tmp_path, 1, STEP, 7, age=50)
+    note(tmp_path, 2, "saving", 3, age=5000)
+    dog.enter(STEP, 7)
+    dog.start()
+    assert ended(codes) == [CODE]
+    said = capfd.readouterr().err
+    assert re.search(r"hang: rank 1 has not been heard of for 5\d s \(process 41 on n7, computing for step 8\)", said)
+    assert "rank 2" not in said and "rank 0 has" not in said
 
 
 @pytest.mark.parametrize("whose", ["own", "another's"])
@@ -117,3 +134,46 @@ def test_a_run_whose_loader_hangs_ends_and_continues(tmp_path):
     runs.wait_for_step(tmp_path / "r", process, 20)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
+
+
+class Pair:
+    """A training in two processes that ends when nothing moves for three seconds."""
+
+    def __init__(self, tmp_path):
+        words = words_for(tmp_path / "victim", runs.shard(tmp_path / "a.tar", 40), 4000, 2)
+        (tmp_path / "victim").mkdir()
+        self.run = tmp_path / "victim" / "run"
+        self.job = Job([*words, "trainer.hang_minutes=0.1"], tmp_path / "log", ranks=2)
+
+    def stop(self, rank):
+        """Once it trains, hold a process."""
+        until = time.monotonic() + 300
+        while not (self.run / "metrics.csv").is_file() or not list((self.run / "checkpoints").glob("step-*")):
+            assert time.monotonic() < until, self.job.text()
+            time.sleep(0.05)
+        self.job.signal(signal.SIGSTOP, rank)
+
+
+def test_of_two_processes_the_one_that_stands_still_is_named(tmp_path):
+    pair = Pair(tmp_path)
+    pair.stop(1)
+    pair.job.processes[0].join(300)
+    assert pair.job.processes[0].exitcode == CODE, pair.job.text()
+    pair.job.signal(signal.SIGKILL)
+    pair.job.wait()
+    said = pair.job.text()
+    pid = pair.job.processes[1].pid
+    assert "hang: rank 1 has not been heard of for" in said and f"(process {pid} on " in said, said
+    assert "computing for step" in said and "hang: rank 0" not in said
+    assert (pair.run / "hang-rank-0.txt").is_file()
+    count("hangs of one of two processes")
+
+
+def test_a_process_that_never_comes_is_not_waited_for_for_ever(tmp_path):
+    pair = Pair(tmp_path)
+    pair.job.signal(signal.SIGKILL, 1)
+    assert pair.job.wait() == [CODE, -signal.SIGKILL]
+    assert "hang: rank 0 has been waiting for the other processes for" in pair.job.text()
+    assert "one has ended or never started" in pair.job.text() and "Traceback" not in pair.job.text()
+    assert not list(pair.run.glob("hang-rank-*"))
+    count("hangs of one of two processes")

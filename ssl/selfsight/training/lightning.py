@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +24,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from ..config import ConfigError
 from . import sharded
+
+# torch ends processes that wait for half an hour, also for one that evaluates. The watchdog knows the difference.
+FOREVER = timedelta(days=365)
 
 
 def precision_of(wanted: str, on_gpu: bool) -> str:
@@ -71,9 +75,9 @@ def strategy_of(cfg: Any, processes: int, precision: str) -> Strategy | str:
     if wanted == "fsdp":
         sharded.refuse(cfg, precision)
         if processes > 1:
-            return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+            return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1, timeout=FOREVER)
     if processes > 1 or wanted == "ddp":
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, timeout=FOREVER)
     return "auto"
 
 

@@ -27,7 +27,7 @@ from .module import Module
 from .optim import optimizer_state
 from .sharded import Whole, together
 from .stop import Agreement, Clock, StopFlag
-from .watchdog import DATA, STEP, Watchdog
+from .watchdog import DATA, MEET, START, STEP, Watchdog
 
 
 class RunStopped(RuntimeError):
@@ -68,9 +68,9 @@ class AfterStep(pl.Callback):
     `evaluate(step, measure, draw)` returns numbers for the log if it is to measure, and draws pictures (rank 0).
     """
 
-    def __init__(self, plan: Plan, flag: StopFlag, evaluate: Callable[[int, bool, bool], dict[str, float]]):
+    def __init__(self, plan: Plan, rank: int, flag: StopFlag, evaluate: Callable[[int, bool, bool], dict[str, float]]):
         self.plan, self.flag, self.evaluate, self.sink = plan, flag, evaluate, None
-        self.watchdog: Watchdog | None = None
+        self.watchdog = Watchdog(plan.run_dir, rank, plan.hang_minutes)
         self.whole: Whole | None = None  # of a sharded run
         self.evals: Evals | None = None  # on every process, as checkpoints are agreed on; rank 0 does the rest
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
@@ -85,10 +85,16 @@ class AfterStep(pl.Callback):
         self.started = time.monotonic()
         self.copied: tuple[Tensor, torch.cuda.Event] | None = None
 
+    def watch(self, step: int, many: bool) -> None:
+        """Begin to watch, before `many` processes meet."""
+        self.watchdog.enter(MEET if many else START, step)
+        self.watchdog.start()
+
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, module: Module, stage: str) -> None:
         same_start(module.step, trainer.strategy.root_device)  # the first hook after the process group stands
+        self.watchdog.enter(START, module.step)
 
     def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
         self.flag.install()  # Lightning may have put its own handlers there
@@ -102,9 +108,7 @@ class AfterStep(pl.Callback):
             self.evals.say = self.bar.line
         known = self.metrics.numbers("knn") if self.metrics else []
         self.best_knn = max((v for step, v in known if step > 0), default=None)
-        self.watchdog = Watchdog(self.plan.run_dir, self.rank, self.plan.hang_minutes)
         self.watchdog.enter(DATA, module.step)
-        self.watchdog.start()
         self.known = listed(self.plan.run_dir / "skipped.jsonl")
         self.bad = set(self.known) if self.rank == 0 else set()
         self.ended = time.perf_counter()

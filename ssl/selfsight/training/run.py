@@ -225,7 +225,7 @@ class Run:
         self.module = self.shown = self._module(objective, optimizer_state, meta.get("scaler"))
         plan = self._plan()
         plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
-        after = AfterStep(plan, self.flag, self._evaluate)
+        after = AfterStep(plan, self.rank, self.flag, self._evaluate)
         after.evals = self.evals
         trainer = make_trainer(cfg, [after])
         world, device = trainer.world_size, trainer.strategy.root_device
@@ -244,6 +244,7 @@ class Run:
             objective.checkpoint_blocks()
         after.started = time.monotonic()
         if self.start < self.total_steps:
+            after.watch(self.start, world > 1)
             try:
                 trainer.fit(self.module, loader)
             except torch.OutOfMemoryError as error:
@@ -257,6 +258,8 @@ class Run:
                     "same command continues from it",
                     7,
                 ) from error
+            finally:
+                after.watchdog.stop()
         if after.stopped is not None:
             raise after.stopped
         return self._finish(world, device, after.seconds()) if self.rank == 0 else {}

@@ -1,14 +1,16 @@
 """Ends a run in which nothing moves any more, and says which process hangs and in what.
 
-Every process has a thread that notes its phase in the run folder (`.pulse/rank-<k>.json`), a few times per limit. When
-a step, or the wait for data, takes longer than the limit while no process is known to be busy with something long
-(evaluating, saving), the thread writes where all threads of its process are, names the processes that are behind, and
-ends the process. A scheduler can then start the run again, which continues from the last checkpoint.
+It watches from before the processes meet: where one of them has ended by then, or was never started, the others would
+wait for it. Every process has a thread that notes its phase in the run folder (`.pulse/rank-<k>.json`), a few times per
+limit. When a step, or the wait for data, takes longer than the limit while no process is known to be busy with
+something long (evaluating, saving), the thread names the processes that are silent or behind, writes where all threads
+of its own process are, and ends it. A scheduler can then start the run again, which continues from the last checkpoint.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import sys
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 CODE = 5
-DATA, STEP = "waiting for data", "computing"  # what must not take long; other phases may
+START, MEET, DATA, STEP = "starting", "waiting for the other processes", "waiting for data", "computing"
+SHORT = (MEET, DATA, STEP)  # what must not take long; other phases may
 
 
 class Watchdog:
@@ -28,7 +31,8 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, rank: int, minutes: float, end: Any = os._exit):
         self.folder, self.rank, self.limit, self.end = run_dir / ".pulse", rank, 60 * minutes, end
-        self.phase, self.step, self.since = "starting", 0, time.monotonic()
+        self.phase, self.step, self.since = START, 0, time.monotonic()
+        self.began = time.time()
         self.stopping = threading.Event()
         self.thread: threading.Thread | None = None
 
@@ -68,9 +72,9 @@ class Watchdog:
         while not self.stopping.wait(max(0.2, self.limit / 8)):
             seconds = time.monotonic() - self.since
             self._note(seconds)
-            if self.phase in (DATA, STEP) and seconds > self.limit:
+            if self.phase in SHORT and seconds > self.limit:
                 others = self._others()
-                if not any(other["phase"] not in (DATA, STEP) for other in others.values()):
+                if not any(note["phase"] not in SHORT and note["age"] < self._silence for note in others.values()):
                     self._report(seconds, others)
                     self.end(CODE)
                     return
@@ -90,7 +94,7 @@ class Watchdog:
             tmp.unlink(missing_ok=True)
 
     def _others(self) -> dict[int, dict[str, Any]]:
-        """What the other processes noted lately; a note that is old is of a process that is gone."""
+        """What the other processes noted last in this session, and how many seconds ago ("age")."""
         found = {}
         for path in self.folder.glob("rank-*.json"):
             rank = int(path.stem.removeprefix("rank-"))
@@ -98,29 +102,47 @@ class Watchdog:
                 note = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
-            if rank != self.rank and time.time() - note["time"] < max(10.0, self.limit):
-                found[rank] = note
+            if rank != self.rank and note["time"] >= self.began:
+                found[rank] = note | {"age": time.time() - note["time"]}
         return found
 
+    @property
+    def _silence(self) -> float:
+        """Seconds without a note after which a process has stopped or is gone."""
+        return max(3.0, self.limit / 2)
+
     def _report(self, seconds: float, others: dict[int, dict[str, Any]]) -> None:
-        notes = {self.rank: {"phase": self.phase, "step": self.step, "seconds": seconds}} | others
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        notes = {self.rank: {"phase": self.phase, "step": self.step, "seconds": seconds, "age": 0.0}} | others
+        for rank in self._suspects(notes):
+            note = notes[rank]
+            step = "" if note["phase"] == MEET else f" for step {note['step'] + 1}"
+            if note["age"] >= self._silence:
+                where = f"process {note['pid']} on {note['host']}, {note['phase']}{step}"
+                say(f"hang: rank {rank} has not been heard of for {note['age']:.0f} s ({where})")
+            elif note["phase"] == MEET:
+                say(f"hang: rank {rank} has been {MEET} for {note['seconds']:.0f} s: one has ended or never started")
+            else:
+                say(f"hang: rank {rank} has been {note['phase']}{step} since {note['seconds']:.0f} s")
+        stacks = "" if self.phase == MEET else self._stacks()
+        say(f"stopped: nothing has moved for {self.limit:.0f} s (trainer.hang_minutes); {stacks}the same command "
+            "continues from the last checkpoint")  # fmt: skip
+
+    def _suspects(self, notes: dict[int, dict[str, Any]]) -> list[int]:
+        """Those that others wait for: silent ones, else among those that are behind the ones without data."""
+        if silent := [r for r, note in notes.items() if note["age"] >= self._silence]:
+            return sorted(silent)
         behind = min(note["step"] for note in notes.values())
         waiting = [r for r, note in notes.items() if note["step"] == behind]
-        data = [r for r in waiting if notes[r]["phase"] == DATA]
-        for rank in sorted(data or waiting):
-            note = notes[rank]
-            print(
-                f"hang: rank {rank} has been {note['phase']} for step {note['step'] + 1} since {note['seconds']:.0f} s",
-                file=sys.stderr,
-            )
-        stacks = self.folder.parent / f"hang-rank-{self.rank}.txt"
+        return sorted([r for r in waiting if notes[r]["phase"] == DATA] or waiting)
+
+    def _stacks(self) -> str:
+        """Where every thread stands, to a file of the run folder; says where it is."""
+        path = self.folder.parent / f"hang-rank-{self.rank}.txt"
         try:
-            with stacks.open("w") as file:
+            with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        print(
-            f"stopped: nothing has moved for {self.limit:.0f} s (trainer.hang_minutes); where rank {self.rank} stands "
-            f"is in {stacks}, and the same command continues from the last checkpoint",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            return ""
+        return f"where rank {self.rank} stands is in {path}, and "
