@@ -122,9 +122,8 @@ def test_a_model_with_adapters_is_trained_with_them(adapted, roots, tmp_path):  
         if p.requires_grad
     ]
     assert trained and all(".adapter." in n or n.startswith(("head", "fc_norm")) for n in trained)
-    found = {words: probe(settings(adapted, tmp_path / f"{len(words)}{words[0:1]}", roots, *words)) for words in (
-        (), ("adapt=uniadapter", "adapt.rank=16"), ("adapt=none",))}  # fmt: skip
-    left_out, same, whole = found.values()
+    ways = ((), ("adapt=uniadapter", "adapt.rank=16"), ("adapt=none",))
+    left_out, same, whole = (probe(settings(adapted, tmp_path / str(i), roots, *way)) for i, way in enumerate(ways))
     assert left_out["parameters"] == same["parameters"] < whole["parameters"]
     assert left_out["curve"] == same["curve"] and left_out["layer_decay"] == same["layer_decay"] == 1
     assert left_out["settings"]["adapt"] == same["settings"]["adapt"]

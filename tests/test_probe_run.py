@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import runs
 from selfsight import config
-from selfsight.interop.export import ExportError, export, read_card
+from selfsight.interop.export import ExportError, export, find_checkpoint, read_card
 from selfsight.probes import ProbeError, task
 from selfsight.probes import run as probes
 from selfsight.probes.run import Loaded, load_backbone, probe

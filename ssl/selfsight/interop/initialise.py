@@ -139,11 +139,9 @@ def report_of(weights: Weights, net: Network, fitted: Fitted, backbone: Backbone
     own = [k for k in backbone.state_dict() if not k.startswith("timm.") and k not in extras]
     carried = sum(k.startswith("adapters.") for k in extras)
     matched = {"backbone": len(fitted.state) + len(extras) - carried} | ({"adapters": carried} if carried else {})
-    notes = (
-        [f"the adapters of these weights came along and go on ({typed(weights.adapt)})"]
-        if carried and weights.adapt
-        else []
-    )
+    notes = []
+    if carried and weights.adapt:
+        notes.append(f"the adapters of these weights came along and go on ({typed(weights.adapt)})")
     return Report(
         weights.source, weights.what, weights.layout, weights.fits, _words(weights, False, False), weights.sha256,
         matched | {k: len(v) for k, v in taken.items()}, fitted.changed, patterns(left), patterns(fitted.fresh + own),
