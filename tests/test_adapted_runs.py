@@ -196,7 +196,7 @@ def test_the_way_on_from_mergeable_adapters_is_a_folder_that_is_there_or_the_com
     shutil.rmtree(older / "export")
     for source in (f"student:{older}", str(older)):
         words = re.search(r"merge both by selfsight (export .*) and use init_from=<new folder>, or go on", said(source))
-        out = tmp_path / source.partition(":")[0].replace("/", "-")
+        out = tmp_path / f"merged-{source.partition(':')[0] == 'student'}"
         result = export(config.load(*command(words[1].replace("<new folder>", str(out)))))
         assert result["which"] == ("student" if source.startswith("student:") else "teacher")
         initialise(objective, open_weights(str(out)))
@@ -248,14 +248,17 @@ def test_what_is_trained_of_the_weights_themselves_is_taken_along_as_weights(tmp
     runs.run_here(tmp_path / "first", *first, "knn.every_n_steps=0")
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        expected = load_backbone(str(tmp_path / "first"), "teacher", masks="largest").model(x).pooled
+        expected = {
+            tmp_path / folder: load_backbone(str(tmp_path / "first"), which, masks="largest").model(x).pooled
+            for folder, which in (("first", "student"), ("first/export", "teacher"))
+        }
     for adapt in ("none", kind, "lora"):
         _, objective = objective_of("objective=dino", "backbone=vit_nano", f"adapt={adapt}", "seed=3", "image_size=32")
-        for source in (tmp_path / "first", tmp_path / "first" / "export"):
+        for source, pooled in expected.items():
             report = initialise(objective, open_weights(str(source)))
             with torch.no_grad():
-                found = objective.teacher["backbone"].eval()(x).pooled
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+                found = objective.student["backbone"].eval()(x).pooled
+            torch.testing.assert_close(found, pooled, rtol=1e-5, atol=1e-5)
             assert "adapters" not in report.matched
     rows = ("objective=dino", "backbone=vit_nano", "adapt=apla", "adapt.rank=3", "max_steps=1", "knn.every_n_steps=0")
     if kind == "apla":
