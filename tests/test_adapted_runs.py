@@ -2,6 +2,9 @@
 left behind can be probed."""
 
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from selfsight.backbones.tokens import Needs
 from selfsight.data import open_source
 from selfsight.data.loader import Samples
 from selfsight.data.order import Order
+from selfsight.interop.export import export
 from selfsight.interop.initialise import initialise
 from selfsight.interop.load import open_weights
 from selfsight.interop.safe import WeightsError
@@ -140,16 +144,16 @@ def test_a_probe_sees_the_adapted_features(run, tmp_path):
     assert 0 <= json.loads((tmp_path / "knn.json").read_text())["top1"] <= 100
 
 
-def test_what_a_run_has_learnt_in_adapters_is_never_left_behind_in_silence(run):
+def test_what_a_run_has_learnt_in_adapters_is_never_left_behind_in_silence(run, tmp_path):
     words, folder = run
     weights = open_weights(str(folder))
     other = "adaptformer" if "adapt=uniadapter" in words else "lora"
-    way = (
-        r"its export has both merged: init_from=.*/export, or go on" if other == "lora" else r"cannot be merged: go on"
-    )
+    way = rf"its export has both merged: init_from={folder}/export, or go on" if other == "lora" else r"merged: go on"
+    kind = other if other == "lora" else "uniadapter"
+    differ = rf"adapt is {kind} there and (none|adaptformer) here|adapt\.rank is 8 there and 3 here"
     for adapt in (("adapt=none",), (f"adapt={other}", "adapt.rank=3")):
         _, objective = objective_of("objective=dino", "backbone=vit_nano", *adapt)
-        with pytest.raises(WeightsError, match=rf"{way} with them by adapt=(lora|uniadapter) adapt\.rank=\d+ "):
+        with pytest.raises(WeightsError, match=rf"({differ}); .*{way} with them by adapt={kind} adapt\.rank=\d+ "):
             initialise(objective, weights)
     if other == "lora":
         merged = open_weights(f"{folder}/export").chosen.backbone
@@ -157,8 +161,65 @@ def test_what_a_run_has_learnt_in_adapters_is_never_left_behind_in_silence(run):
         assert not torch.equal(merged["blocks.0.attn.qkv.weight"],
                                tensors["student.backbone.timm.blocks.0.attn.qkv.weight"])  # fmt: skip
         return
-    with pytest.raises(WeightsError, match=r"an adapter beside it \(adapter\.json\)"):
+    go_on = rf"use init_from={folder} adapt=uniadapter adapt\.rank=64 .*is for .*load_adapted and for probes"
+    with pytest.raises(WeightsError, match=rf"an adapter beside it \(adapter\.json\).*{go_on}"):
         open_weights(f"{folder}/export")
+    shutil.copytree(folder / "export", tmp_path / "elsewhere")
+    with pytest.raises(WeightsError, match=r"use init_from=<its run folder> adapt=uniadapter adapt\.rank=64 "):
+        open_weights(str(tmp_path / "elsewhere"))
+    open_weights(str(folder))  # which is what the sentence says
+
+
+@pytest.fixture(scope="module")
+def two_targets(tmp_path_factory):
+    """A run folder of LoRA on two targets that were typed as a list, out of their order in the model."""
+    folder = tmp_path_factory.mktemp("targets") / "first"
+    runs.run_here(folder, *TARGETS, "max_steps=1", "knn.every_n_steps=0", "adapt.targets=[v,q]")
+    return folder
+
+
+TARGETS = ("objective=dino", "backbone=vit_nano", "adapt=lora", "adapt.rank=2")
+
+
+def test_the_way_on_from_mergeable_adapters_is_a_folder_that_is_there_or_the_command_for_it(two_targets, tmp_path):
+    _, objective = objective_of("objective=dino", "backbone=vit_nano")
+
+    def said(source):
+        with pytest.raises(WeightsError, match="adapt is lora there and none here") as error:
+            initialise(objective, open_weights(source))
+        return str(error.value)
+
+    for source in (str(two_targets), f"teacher:{two_targets}"):
+        assert f"its export has both merged: init_from={two_targets}/export, or go on" in said(source)
+    older = tmp_path / "a run"  # it went on after its export, or was ended before it
+    shutil.copytree(two_targets, older)
+    shutil.rmtree(older / "export")
+    for source in (f"student:{older}", str(older)):
+        words = re.search(r"merge both by selfsight (export .*) and use init_from=<new folder>, or go on", said(source))
+        out = tmp_path / f"merged-{source.partition(':')[0] == 'student'}"
+        result = export(config.load(*command(words[1].replace("<new folder>", str(out)))))
+        assert result["which"] == ("student" if source.startswith("student:") else "teacher")
+        initialise(objective, open_weights(str(out)))
+
+
+def command(line):
+    """The command and the keys of a line that is typed."""
+    name, *words = shlex.split(line)
+    return name, words
+
+
+def test_targets_of_lora_may_stand_in_any_order(two_targets, capsys):
+    weights, words = open_weights(str(two_targets)), (*TARGETS, "image_size=32")
+    for targets in ("[q,v]", "[v,q]"):
+        _, objective = objective_of(*words, f"adapt.targets={targets}")
+        report = initialise(objective, weights)
+        assert report.matched["adapters"] == 8 and "backbone.adapters.*" not in report.fresh
+        assert "adapt=lora adapt.rank=2 adapt.alpha=16.0 adapt.targets=[q,v])" in report.text()
+    _, objective = objective_of(*words, "adapt.targets=[q,k]")
+    with pytest.raises(WeightsError, match=r"adapt\.targets is \[q,v\] there and \[q,k\] here"):
+        initialise(objective, weights)
+    runs.run_here(two_targets, *TARGETS, "max_steps=1", "knn.every_n_steps=0", "adapt.targets=[q,v]")  # the same run
+    assert "This run is finished" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_from_the_adapters_of_another(run, tmp_path):
@@ -170,6 +231,41 @@ def test_a_run_goes_on_from_the_adapters_of_another(run, tmp_path):
     with torch.no_grad():
         expected, found = (encode(load_backbone(str(f), "student").model, x)[0] for f in (folder, tmp_path / "next"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_screen_says_that_adapters_came_along(run, tmp_path, capsys):
+    words, folder = run
+    runs.run_here(tmp_path / "next", *words[:3], "max_steps=1", f"init_from={folder}", "knn.every_n_steps=0")
+    text, count = capsys.readouterr().out, 16 if "adapt=uniadapter" in words else 8
+    assert f"adapters ({count})" in text and f"the adapters of these weights came along and go on ({words[2]} " in text
+    assert json.loads((tmp_path / "next" / "init.json").read_text())["matched"]["adapters"] == count
+
+
+@pytest.mark.parametrize("kind", ["bitfit", "apla"])
+def test_what_is_trained_of_the_weights_themselves_is_taken_along_as_weights(tmp_path, kind):
+    """bitfit and apla (rank=full) leave no adapters behind: any adapt= may follow."""
+    first = ("objective=dino", "backbone=vit_nano", f"adapt={kind}", "max_steps=2", "optim.lr=0.01")
+    runs.run_here(tmp_path / "first", *first, "knn.every_n_steps=0")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = {
+            tmp_path / folder: load_backbone(str(tmp_path / "first"), which, masks="largest").model(x).pooled
+            for folder, which in (("first", "student"), ("first/export", "teacher"))
+        }
+    for adapt in ("none", kind, "lora"):
+        _, objective = objective_of("objective=dino", "backbone=vit_nano", f"adapt={adapt}", "seed=3", "image_size=32")
+        for source, pooled in expected.items():
+            report = initialise(objective, open_weights(str(source)))
+            with torch.no_grad():
+                found = objective.student["backbone"].eval()(x).pooled
+            torch.testing.assert_close(found, pooled, rtol=1e-5, atol=1e-5)
+            assert "adapters" not in report.matched
+    rows = ("objective=dino", "backbone=vit_nano", "adapt=apla", "adapt.rank=3", "max_steps=1", "knn.every_n_steps=0")
+    if kind == "apla":
+        runs.run_here(tmp_path / "rows", *rows)
+        with pytest.raises(WeightsError, match=r"adapt\.rank is 3 there and full here"):
+            initialise(objective_of("objective=dino", "backbone=vit_nano", "adapt=apla")[1],
+                       open_weights(str(tmp_path / "rows")))  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["uniadapter", "apla"])
@@ -191,6 +287,10 @@ def test_the_first_screen_says_what_trains_and_that_random_weights_are_frozen(tm
     runs.run_here(tmp_path / "r", "objective=dino", "adapt=adaptformer", "max_steps=1", "knn.every_n_steps=0")
     text = capsys.readouterr().out
     assert "adaptformer: 66,304 parameters of the backbone train" in text
+    _, objective = objective_of("objective=dino", "adapt=adaptformer", "image_size=32")
+    whole = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    rest = whole - 66_304
+    assert rest > 0 and f"trained     {whole:,} parameters, 66,304 of them the adapters', {rest:,} in heads" in text
     assert "adapt=adaptformer freezes random weights; give init_from=" in text
     assert "load_adapted(" in text and (tmp_path / "r" / "export" / "adapter.safetensors").exists()
     assert load_file(tmp_path / "r" / "export" / "adapter.safetensors").keys() == {

@@ -103,10 +103,15 @@ def test_every_adapter_composes_with_its_options(kind):
     assert train("adapt=apla", "adapt.rank=16").adapt.rank == 16
     assert "adapt.rank=some: expected full or" in sentence("adapt=apla", "adapt.rank=some")
     assert "adapt.targets=x: expected one or several of q, k, v" in sentence("adapt=lora", "adapt.targets=x")
+    probe = ("checkpoint=-", "probe=finetune", "adapt.rank=4")
+    assert "adapt.rank needs its group: add adapt=adaptformer or adapt=" in sentence(*probe, command="probe")
 
 
 def test_adapters_change_the_run_and_none_of_them_keeps_its_folder(tmp_path):
     assert train("adapt=lora").run_dir != train("adapt=lora", "adapt.rank=4").run_dir != train().run_dir
+    one, other = (train("adapt=lora", f"adapt.targets={targets}") for targets in ("[q,v]", "[v,q]"))
+    assert one.run_dir == other.run_dir != train("adapt=lora", "adapt.targets=[q,k]").run_dir
+    assert config.diff(one, other) == []
     config.save(train(), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("adapt:\n  name: none\n", "adapt: none\n"))  # as it once was

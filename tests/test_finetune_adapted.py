@@ -103,7 +103,8 @@ def test_a_killed_run_with_an_adapter_continues_with_the_same_bits(exported, roo
 def adapted(tmp_path_factory):
     """An export folder whose model holds bottlenecks."""
     torch.manual_seed(0)
-    backbone = build_backbone("vit_nano", Needs(), image_sizes=(16,), depth=2, patch_size=4, adapt="uniadapter")
+    own = {"name": "uniadapter", "rank": 16}
+    backbone = build_backbone("vit_nano", Needs(), image_sizes=(16,), depth=2, patch_size=4, adapt=own)
     for parameter in backbone.adapters.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("adapted") / "export"
@@ -116,10 +117,18 @@ def test_a_model_with_adapters_is_trained_with_them(adapted, roots, tmp_path):  
     model, x = build_classifier(loaded, 3, pool="token").eval(), torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(x), model.head(loaded.model(x)))
     trained = [
-        n for n, p in build_classifier(loaded, 3, adapt=group("uniadapter")).named_parameters() if p.requires_grad
+        n
+        for n, p in build_classifier(loaded, 3, adapt=group("uniadapter", "adapt.rank=16")).named_parameters()
+        if p.requires_grad
     ]
     assert trained and all(".adapter." in n or n.startswith(("head", "fc_norm")) for n in trained)
-    assert probe(settings(adapted, tmp_path, roots))["top1"] > 0
+    ways = ((), ("adapt=uniadapter", "adapt.rank=16"), ("adapt=none",))
+    left_out, same, whole = (probe(settings(adapted, tmp_path / str(i), roots, *way)) for i, way in enumerate(ways))
+    assert left_out["parameters"] == same["parameters"] < whole["parameters"]
+    assert left_out["curve"] == same["curve"] and left_out["layer_decay"] == same["layer_decay"] == 1
+    assert left_out["settings"]["adapt"] == same["settings"]["adapt"]
+    assert "the adapters that a frozen backbone holds" in left_out["protocol"]
+    assert "the whole backbone" in whole["protocol"] and whole["layer_decay"] == 0.75
 
 
 def test_bottlenecks_leave_stochastic_depth_on(backbones):
@@ -143,8 +152,16 @@ def test_blocks_of_another_kind_are_a_sentence():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("adapt=uniadapter", "adapt.rank=8"), "keys of adapt have no effect here"),
-        (("adapt=lora",), "the model has adapters of its own, which cannot be merged; use adapt=uniadapter"),
+        (
+            ("adapt=uniadapter", "adapt.rank=8"),
+            r"cannot be merged, and adapt\.rank is 16 there and 8 here; leave adapt=",
+        ),
+        (("adapt=uniadapter",), r"of its own \(adapt=uniadapter adapt\.rank=16 .*adapt\.rank is 16 there and 64 here"),
+        (
+            ("adapt=adaptformer", "adapt.rank=16"),
+            "cannot be merged, and adapt is uniadapter there and adaptformer here",
+        ),
+        (("adapt=lora",), "and adapt is uniadapter there and lora here; leave adapt= out to go on training these, or"),
         (("probe.save=true",), "adapters with a ReLU cannot be merged into one; leave it out"),
     ],
 )

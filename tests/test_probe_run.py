@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import runs
 from selfsight import config
-from selfsight.interop.export import ExportError, export, read_card
+from selfsight.interop.export import ExportError, export, find_checkpoint, read_card
 from selfsight.probes import ProbeError, task
 from selfsight.probes import run as probes
 from selfsight.probes.run import Loaded, load_backbone, probe
@@ -73,8 +73,23 @@ def test_a_step_that_is_not_kept_names_those_that_are(run, tmp_path):
         probe(settings(tmp_path / "copy", "step=best"))
     file = tmp_path / "copy" / "checkpoints" / "step-000000002" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ExportError, match=r"step-000000002 is damaged .*choose another step="):
+    with pytest.raises(ExportError, match=r"step-000000002 is damaged .*choose another step=3, 4$"):
         probe(settings(tmp_path / "copy", "step=2"))
+
+
+@pytest.mark.filterwarnings("ignore:.* is damaged")
+def test_a_damaged_checkpoint_without_another_is_a_sentence_on_what_to_do(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    for number in (2, 3):
+        shutil.rmtree(tmp_path / "copy" / "checkpoints" / f"step-{number:09d}")
+    file = tmp_path / "copy" / "checkpoints" / "step-000000004" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    ways = [rf"use {tmp_path}/copy/export, the model of step 4, or bring", "bring back a copy of it, or train again in"]
+    for way in ways:
+        for step in (4, "last"):
+            with pytest.raises(ExportError, match=rf"step-000000004 is damaged .*; no other is left: {way}"):
+                find_checkpoint(tmp_path / "copy", step)
+        shutil.rmtree(tmp_path / "copy" / "export", ignore_errors=True)
 
 
 def test_a_timm_model_has_no_steps_and_no_data_of_its_own(run):

@@ -224,8 +224,9 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
 
 def _unknown(cfg: DictConfig, key: str, wrong: str, known: tuple[str, ...]) -> ConfigError:
     """The sentence for a key that does not exist: the nearest key, and what is valid beside it."""
-    if "data" in cfg and cfg.data is None and key.startswith("data."):
-        return ConfigError(f"{key} needs its group: add data={' or data='.join(options('data'))}")
+    group = key.partition(".")[0]
+    if group in ("data", "adapt") and "." in key and group in cfg and cfg[group] is None:
+        return ConfigError(f"{key} needs its group: add {group}={f' or {group}='.join(options(group))}")
     if key in (f"launcher.{field.name}" for field in dataclasses.fields(SCHEMAS["launcher"]["slurm"])):
         return ConfigError(f"{key} is for jobs: add launcher=slurm, or leave it out")
     keys = list(dict.fromkeys(_keys(cfg) + list(known)))
@@ -499,6 +500,8 @@ def _result(cfg: DictConfig) -> dict[str, Any]:
     """Key -> value of everything that changes what is computed."""
     pairs = _flatten(OmegaConf.to_container(cfg, resolve=True))
     kept = {k: v for k, v in pairs if not any(k == skip or k.startswith(f"{skip}.") for skip in NOT_IN_RESULT)}
+    if isinstance(targets := kept.get("adapt.targets"), list):  # their order means nothing
+        kept["adapt.targets"] = sorted(set(targets))
     # As it was before it became a group: folders of runs without adapters keep their names.
     return {"adapt" if k == "adapt.name" else k: v for k, v in kept.items()}
 

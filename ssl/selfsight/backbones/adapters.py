@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -100,6 +101,37 @@ def settings_of(adapt: str | Mapping[str, Any]) -> dict[str, Any]:
     if given["name"] not in SCHEMAS["adapt"]:
         raise BackboneError(f"adapt={given['name']} is not known; choose one of {', '.join(SCHEMAS['adapt'])}")
     return dataclasses.asdict(SCHEMAS["adapt"][given["name"]]()) | given
+
+
+def typed(settings: Mapping[str, Any]) -> str:
+    """Settings as they are typed: adapt=lora adapt.rank=8 …"""
+    return " ".join(f"{_key(k)}={_word(v)}" for k, v in _comparable(settings).items())
+
+
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """Which keys of two settings differ, with both values; "" where they mean the same."""
+    theirs, mine = _comparable(theirs), _comparable(mine)
+    keys = ["name"] if theirs["name"] != mine["name"] else [k for k in theirs if theirs[k] != mine[k]]
+    return ", ".join(f"{_key(k)} is {_word(theirs[k])} there and {_word(mine[k])} here" for k in keys)
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists as lists, whatever a config made of them, and targets in one order."""
+    found = {k: v if isinstance(v, str) or not isinstance(v, Sequence) else list(v) for k, v in settings.items()}
+    return found | ({"targets": in_order(found["targets"])} if found.get("targets") else {})
+
+
+def in_order(targets: Iterable[str]) -> list[str]:
+    """Targets of LoRA as the model has them, each once: their order means nothing."""
+    return sorted(set(targets), key=TARGETS.index)
+
+
+def _key(name: str) -> str:
+    return "adapt" if name == "name" else f"adapt.{name}"
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value).replace('"', "").replace(", ", ",")
 
 
 def adapt_backbone(backbone: Backbone, adapt: str | Mapping[str, Any]) -> None:
@@ -262,8 +294,11 @@ def merged(model: nn.Module) -> nn.Module:
 
 
 def attach(model: nn.Module, adapters: Adapters, family: type[Backbone]) -> nn.Module:
-    """Put adapters into the blocks of a timm model (in place); hooks on its layers still work."""
+    """Put adapters into the blocks of a timm model (in place); hooks on its layers still work.
+
+    The model says by `adapted_by` what they were made with."""
     for block, parts in zip(blocks_of(model).values(), adapters.blocks, strict=True):
         block.__class__ = family.adapted_block  # the module object, its parameters and hooks stay the very same
         block.adapter = parts
+    model.adapted_by = dict(adapters.settings)
     return model

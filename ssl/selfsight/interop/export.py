@@ -230,16 +230,32 @@ def find_checkpoint(folder: Path, step: str | int = "last") -> Path:
         path = checkpoint.best(kept) if step == "best" else kept / f"step-{step:09d}"
     if path is not None and path.is_dir():
         if step != "last" and (problem := checkpoint.verify(path)):
-            raise ExportError(f"{path} is damaged ({problem}); choose another step=")
+            raise ExportError(_damaged(folder, path, problem))
         return path
     steps = sorted(map(_number, kept.glob("step-*")))
     if not steps:
         raise ExportError(f"{folder} has no checkpoint yet (checkpoints/ is empty); let the run write one first")
+    if step == "last":
+        path = kept / f"step-{steps[-1]:09d}"
+        raise ExportError(_damaged(folder, path, checkpoint.verify(path)))
     why = ": k-NN was not measured, or checkpoint.keep_best=false" if step == "best" else ""
     raise ExportError(
         f"{folder} has no checkpoint step={step}{why}; it keeps {', '.join(map(str, steps))}, and step=last is the "
         "newest of them"
     )
+
+
+def _damaged(folder: Path, path: Path, problem: str | None) -> str:
+    """That a checkpoint cannot be used, and what can be done."""
+    others = [p for p in sorted(path.parent.glob("step-*")) if p != path and checkpoint.verify(p) is None]
+    if others:
+        do = f"choose another step={', '.join(str(_number(p)) for p in others)}"
+    elif is_export(folder / "export"):
+        ready, of = folder / "export", read_card(folder / "export").get("steps")
+        do = f"no other is left: use {ready}, the model of step {of}, or bring back a copy of the checkpoint"
+    else:
+        do = "no other is left: bring back a copy of it, or train again in another run_dir"
+    return f"{path} is damaged ({problem}); {do}"
 
 
 def _number(path: Path) -> int:

@@ -6,18 +6,19 @@ all. Where they are, student and teacher each start from their own network in th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbones.adapters import MERGES
+from ..backbones.adapters import MERGES, differences, typed
 from ..backbones.tokens import Backbone
 from ..nn.targets import Center
 from .fit import Fitted, fit_backbone, put
 from .layouts import fit
-from .load import Network, Weights
+from .load import Network, Weights, parse
 from .report import Report, patterns
 from .safe import WeightsError
 
@@ -63,8 +64,9 @@ def _parts(net: nn.Module) -> tuple[Backbone, dict[str, nn.Module]]:
 def fit_network(net: Network, backbone: Backbone, weights: Weights) -> Fitted:
     """A network's backbone for ours; WeightsError also where the heads are known to be others, as shapes do not say,
     and where adapters of the file would be left behind."""
-    if weights.adapt and (backbone.adapters is None or _plain(backbone.adapters.settings) != weights.adapt):
-        raise WeightsError(_adapted(weights))
+    mine = {"name": "none"} if backbone.adapters is None else backbone.adapters.settings
+    if weights.adapt and (differ := differences(weights.adapt, mine)):
+        raise WeightsError(_adapted(weights, differ))
     fitted = fit_backbone(net.backbone, backbone, source=weights.what)
     if weights.num_heads and backbone.num_heads not in (None, weights.num_heads):
         raise WeightsError(
@@ -74,22 +76,22 @@ def fit_network(net: Network, backbone: Backbone, weights: Weights) -> Fitted:
     return fitted
 
 
-def _adapted(weights: Weights) -> str:
+def _adapted(weights: Weights, differ: str) -> str:
     """Why adapters are not taken: they lie apart from the weights, and this backbone has none or others."""
-    same = " ".join(f"adapt={v}" if k == "name" else f"adapt.{k}={_word(v)}" for k, v in weights.adapt.items())
-    words = f"{weights.what} keeps what adapt={weights.adapt['name']} has learnt apart from its weights"
-    if weights.adapt["name"] in MERGES:
-        return f"{words}; its export has both merged: init_from={weights.source}/export, or go on with them by {same}"
-    return f"{words}, where it cannot be merged: go on with them by {same}, or begin with the weights that were adapted"
+    from .export import current_export
 
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With lists as lists, whatever a config made of them."""
-    return {k: v if isinstance(v, str) or not isinstance(v, Sequence) else list(v) for k, v in settings.items()}
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value).replace('"', "").replace(", ", ",")
+    words = f"{weights.what} keeps what adapt={weights.adapt['name']} has learnt apart from its weights, and {differ}"
+    go_on = f"go on with them by {typed(weights.adapt)}"
+    if weights.adapt["name"] not in MERGES:
+        return f"{words}; it cannot be merged: {go_on}, or begin with the weights that were adapted"
+    _, which, where = parse(weights.source)
+    if (ready := current_export(Path(where).expanduser(), which)) is not None:
+        return f"{words}; its export has both merged: init_from={ready}, or {go_on}"
+    given = f" which={which}" if which else ""
+    return (
+        f"{words}; merge both by selfsight export checkpoint={shlex.quote(where)} out=<new folder>{given} and use "
+        f"init_from=<new folder>, or {go_on}"
+    )
 
 
 def extras_of(net: Network, backbone: Backbone) -> dict[str, Tensor]:
@@ -135,10 +137,15 @@ def report_of(weights: Weights, net: Network, fitted: Fitted, backbone: Backbone
     left = [*net.left, *fitted.left, *(k for k in net.extras if k not in extras)]
     left += [f"{name}.{key}" for name, state in net.modules.items() for key in state if key not in taken.get(name, {})]
     own = [k for k in backbone.state_dict() if not k.startswith("timm.") and k not in extras]
-    matched = {"backbone": len(fitted.state) + len(extras)} | {k: len(v) for k, v in taken.items()}
+    carried = sum(k.startswith("adapters.") for k in extras)
+    matched = {"backbone": len(fitted.state) + len(extras) - carried} | ({"adapters": carried} if carried else {})
+    notes = []
+    if carried and weights.adapt:
+        notes.append(f"the adapters of these weights came along and go on ({typed(weights.adapt)})")
     return Report(
         weights.source, weights.what, weights.layout, weights.fits, _words(weights, False, False), weights.sha256,
-        matched, fitted.changed, patterns(left), patterns(fitted.fresh + own),
+        matched | {k: len(v) for k, v in taken.items()}, fitted.changed, patterns(left), patterns(fitted.fresh + own),
+        notes,
     )  # fmt: skip
 
 

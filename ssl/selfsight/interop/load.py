@@ -214,10 +214,7 @@ def _from_folder(source: str, folder: Path) -> Weights:
         raise WeightsError(f"{folder} is neither a run folder (config.yaml) nor a folder that timm opens (config.json "
                            "and model.safetensors)")  # fmt: skip
     if (folder / "adapter.json").is_file():
-        raise WeightsError(
-            f"folder {folder} is a frozen model with an adapter beside it (adapter.json), which cannot be merged into "
-            "weights: begin with the weights that were adapted"
-        )
+        raise WeightsError(_frozen(folder))
     about = json.loads((folder / "config.json").read_text())
     own = about.get("pretrained_cfg") or {}
     found = networks(read_tensors(file))
@@ -225,6 +222,23 @@ def _from_folder(source: str, folder: Path) -> Weights:
     heads = (about.get("model_args") or {}).get("num_heads")
     return Weights(source, f"folder {folder}", "timm", ["timm"], network, None, {}, tuple(own.get("mean", IMAGENET[0])),
                    tuple(own.get("std", IMAGENET[1])), heads, sha256(file))  # fmt: skip
+
+
+def _frozen(folder: Path) -> str:
+    """Why an export folder with an adapter file is no start, and what is."""
+    from ..backbones.adapters import settings_of, typed
+    from .export import is_run
+
+    try:
+        same = typed(settings_of(json.loads((folder / "adapter.json").read_text())["adapt"]))
+    except (ValueError, KeyError, TypeError):
+        same = "the adapt= that it was trained with"
+    run = folder.parent if is_run(folder.parent) else "<its run folder>"
+    return (
+        f"folder {folder} is a frozen model with an adapter beside it (adapter.json), which cannot be merged into "
+        f"weights: use init_from={run} {same} to go on with both, or begin with the weights that were adapted; the "
+        "folder itself is for selfsight.interop.adapted.load_adapted and for probes"
+    )
 
 
 def _from_hub(source: str, name: str) -> Weights:

@@ -17,7 +17,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from ..backbones import class_of, family_of
-from ..backbones.adapters import adapt_timm, settings_of
+from ..backbones.adapters import adapt_timm, differences, typed
 from ..backbones.tokens import BackboneError
 from ..backbones.watch import blocks_of
 from ..nn.global_batchnorm import freeze_statistics
@@ -42,7 +42,8 @@ def build_classifier(
 
     pool: avg | token | None (avg on models with patch and class tokens, else the model's own). drop_path: timm's
     drop_path_rate; None = 0.1 where the model has it. seed: of the head. adapt: a config's group; what it freezes needs
-    no gradient, and bottlenecks that `loaded` has already are kept. ProbeError where timm cannot build it.
+    no gradient, and bottlenecks that `loaded` has already are kept; None = nothing is frozen. ProbeError where timm
+    cannot build it, or where the bottlenecks that are there are not those of `adapt`.
     """
     headless = plain(loaded.model, loaded.image_size)
     args = _given(dict(loaded.model_args) | {"num_classes": classes} | _pooling(headless, pool, loaded.architecture))
@@ -53,8 +54,13 @@ def build_classifier(
         _load(model, headless, loaded.architecture)
         _init_head(model)
         if adapt and adapt["name"] != "none":
-            _adapt(model, adapt, held, loaded.architecture)
+            _adapt(model, adapt, held, loaded)
     return model
+
+
+def held_by(loaded: Loaded) -> dict[str, Any] | None:
+    """The `adapt` group of the bottlenecks that a model holds, None where it has none."""
+    return getattr(plain(loaded.model, loaded.image_size), "adapted_by", None)
 
 
 def _carry_adapters(model: nn.Module, headless: nn.Module) -> list[nn.Module]:
@@ -67,27 +73,22 @@ def _carry_adapters(model: nn.Module, headless: nn.Module) -> list[nn.Module]:
     return held
 
 
-def _adapt(model: nn.Module, adapt: Mapping[str, Any], held: list[nn.Module], architecture: str) -> None:
+def _adapt(model: nn.Module, adapt: Mapping[str, Any], held: list[nn.Module], loaded: Loaded) -> None:
     """Freeze all but adapters and what is fresh: the head and the norm in front of it."""
     fresh = [*(_heads(model)), getattr(model, "fc_norm", None)]
     try:
         if held:
-            if adapt["name"] not in ("uniadapter", "adaptformer"):
+            if differ := differences(own := held_by(loaded), adapt):
                 raise BackboneError(
-                    f"adapt={adapt['name']}: the model has adapters of its own, which cannot be merged; use "
-                    "adapt=uniadapter to go on training these, or adapt=none to train everything"
-                )
-            if dict(adapt) != settings_of(adapt["name"]):
-                raise BackboneError(
-                    "keys of adapt have no effect here: the model has adapters of its own, which go on training; leave "
-                    "them out"
+                    f"the model has adapters of its own ({typed(own)}), which cannot be merged, and {differ}; leave "
+                    "adapt= out to go on training these, or use adapt=none to train everything"
                 )
             model.requires_grad_(False)
             freeze_statistics(model)
             for part in held:
                 part.requires_grad_(True)
         else:
-            adapt_timm(model, class_of(family_of(architecture)[0]), adapt, architecture)
+            adapt_timm(model, class_of(family_of(loaded.architecture)[0]), adapt, loaded.architecture)
     except BackboneError as error:
         raise ProbeError(str(error)) from error
     for module in fresh:

@@ -28,7 +28,7 @@ from ..results import out_folder
 from ..training.layer_decay import layers_of
 from . import ProbeError
 from .augment import make_policy, mixes
-from .classifier import HEAD_STD, build_classifier, classifier_args, used_drop_path, used_pool
+from .classifier import HEAD_STD, build_classifier, classifier_args, held_by, used_drop_path, used_pool
 from .finetune_published import published
 from .identity import data_facts, digest, weights_hash
 from .readout import plain
@@ -56,6 +56,8 @@ def run(task: Task) -> Outcome:
     p = task.settings
     task.loaded.model.cpu()  # a device has enough to do with the copy that is trained
     size = _apply_published(task)
+    if task.cfg.adapt is None:
+        task.cfg.adapt = held_by(task.loaded) or {"name": "none"}
     if p.layer_decays is None:  # adapters of early blocks are as new as those of late ones
         p.layer_decays = [LAYER_DECAY if adapted(task) == "none" else 1.0]
     _check(task)
@@ -262,8 +264,7 @@ def adapted(task: Task) -> str:
 def _trained(task: Task) -> str:
     if (name := adapted(task)) == "none":
         return "the whole backbone"
-    loaded = task.loaded
-    if any(hasattr(block, "adapter") for block in blocks_of(plain(loaded.model, loaded.image_size)).values()):
+    if held_by(task.loaded):
         return "the adapters that a frozen backbone holds"
     options = ", ".join(f"{k} {v}" for k, v in task.cfg.adapt.items() if k != "name")
     return f"what {name} ({options}) trains of a frozen backbone"

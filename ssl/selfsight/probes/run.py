@@ -49,7 +49,7 @@ def probe(cfg: Any, together: Together | None = None) -> dict[str, Any]:
     """Run one probe by a resolved config (`config.load("probe", ...)`); returns what `<out>/<probe>.json` holds."""
     started = time.monotonic()
     _try_out(cfg)
-    if cfg.probe.name != "finetune" and cfg.adapt.name != "none":
+    if cfg.probe.name != "finetune" and cfg.adapt is not None and cfg.adapt.name != "none":
         raise ProbeError(f"adapt={cfg.adapt.name} is for probe=finetune; probe={cfg.probe.name} leaves the backbone as "
                          "it is")  # fmt: skip
     loaded = load_backbone(cfg.checkpoint, cfg.which, image_size(cfg), cfg.step, masks=_masks(cfg))

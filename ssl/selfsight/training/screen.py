@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..backbones.tokens import Backbone
 from ..objectives.objective import Objective
@@ -64,11 +67,21 @@ def adapted(cfg: Any, objective: Objective) -> list[str]:
     if cfg.adapt.name == "none":
         return []
     student = objective.exports()["student"]  # a teacher's parameters never require a gradient
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    line = f"  adapt       {cfg.adapt.name}: {trained:,} parameters of the backbone train, the others are frozen"
+    beside = list(student.adapters.parameters())
+    whose = "the adapters'" if beside else "the backbone's own"
+    of_it, whole = _trained(student.parameters()), _trained(objective.parameters())
+    own = _trained([*student.timm.parameters(), *beside])
+    lines = [
+        f"  adapt       {cfg.adapt.name}: {of_it:,} parameters of the backbone train, the others are frozen",
+        f"  trained     {whole:,} parameters, {own:,} of them {whose}, {whole - own:,} in heads and the like",
+    ]
     if cfg.init_from is not None:
-        return [line]
-    return [line, f"  warning     adapt={cfg.adapt.name} freezes random weights; give init_from="]
+        return lines
+    return [*lines, f"  warning     adapt={cfg.adapt.name} freezes random weights; give init_from="]
+
+
+def _trained(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def compared(parts: dict[str, str], batch_size: int, world: int, micro_batches: int) -> list[str]:
