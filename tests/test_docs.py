@@ -137,3 +137,14 @@ def test_an_objectives_page_has_its_experiments_and_the_readme_has_the_page(name
     own = [e for e, content in files.items() if f"override /objective: {name}\n" in content]
     assert own and [e for e in own if f"`{e}`" not in text] == []
     assert f"(docs/{name}.md)" in (ROOT / "README.md").read_text()
+
+
+def test_the_page_of_promises_is_what_was_counted():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import trust
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    found = re.search(r"<!-- trust -->\n(.*?)\n<!-- /trust -->", trust.PAGE.read_text(), re.S)
+    counted = json.loads(trust.RESULTS.read_text())
+    assert found and found[1] == trust.table(counted), "python benchmarks/trust.py --table"

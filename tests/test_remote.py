@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import runs
+from kill_driver import count
 from selfsight import config
 from selfsight.data import open_source
 from selfsight.data import remote as module
@@ -197,6 +198,7 @@ def test_passing_failures_are_tried_again(server, tmp_path, faults, ranges):
     server.faults, server.ranges = list(faults), ranges
     assert everything(remote(server, tmp_path)) == everything(local(server))
     assert not server.faults and not list((tmp_path / "cache").glob(".*part*"))
+    count("failures of servers", len(faults))
 
 
 def test_a_cut_download_goes_on_where_it_ended(server, tmp_path):
@@ -226,6 +228,7 @@ def test_what_lasts_is_one_sentence_and_leaves_no_shard(server, tmp_path, faults
     with pytest.raises(DataError, match=says) as caught:
         source.read(0)
     assert "\n" not in str(caught.value) and not list((tmp_path / "cache").glob("[!.]*"))
+    count("failures of servers", len(faults) - len(server.faults))
 
 
 def test_retry_after_is_obeyed(monkeypatch, server, tmp_path):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import runs
+from kill_driver import count
 from selfsight.training import checkpoint
 from slurm_cluster import Cluster, missing
 
@@ -201,6 +202,8 @@ def test_it_ends_with_the_bits_of_one_that_was_left_alone(whole, interrupted):
     runs.assert_identical(runs.final_state(whole.dir), runs.final_state(interrupted.dir))
     steps = [int(row.split(",")[0]) for row in runs._lines(interrupted.dir / "metrics.csv")]
     assert steps == list(range(1, STEPS + 1))
+    count("requeues by Slurm", 2)
+    count("processes compared", 2)
 
 
 def test_it_stays_one_folder_and_one_run_of_wandb(interrupted):
