@@ -1,6 +1,6 @@
 """What is promised, and how often the opposite was tried: runs the tests that break things and sums what they count.
 
-    python benchmarks/trust.py             a quarter of an hour on two cores, with Slurm; writes results/trust.json and docs/trust.md
+    python benchmarks/trust.py             a quarter of an hour; writes results/trust.json and docs/trust.md
     python benchmarks/trust.py --table     only writes the table again, from results/trust.json
 
 Nothing is written unless every one of the tests passes.
@@ -159,8 +159,8 @@ def table(results: dict[str, Any]) -> str:
         f"Counted on {about['date']} by `python benchmarks/trust.py`: selfsight {about['selfsight']}, Python "
         f"{about['python']}, torch {about['torch']}, {about['cores']} cores. {kills} kills in all, "
         f"{counts['kills at named points']} of them at named points and {counts['kills at random moments']} at random "
-        f"moments; {counts['processes compared']} processes compared with ones that were left alone. What holds for every objective "
-        "on every family is in [contracts.md](contracts.md).",
+        f"moments; {counts['processes compared']} processes compared with ones that were left alone. What holds for "
+        "every objective on every family is in [contracts.md](contracts.md).",
         "", "| promise | tests | tried |", "|---|---|---|",
     ]  # fmt: skip
     for promise in PROMISES:

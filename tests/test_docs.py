@@ -1,7 +1,9 @@
 """What README and docs say is true: commands parse, files and tests that are named exist, the grid is the code's."""
 
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
