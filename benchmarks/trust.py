@@ -134,14 +134,8 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "counts.jsonl"
         began = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "slow or slurm or not slow",
-            *(f"tests/{name}" for name in FILES),
-        ]
+        files = [f"tests/{name}" for name in FILES]
+        command = [sys.executable, "-m", "pytest", "-m", "slow or slurm or not slow", *files]
         code = subprocess.run(command, cwd=ROOT, env=os.environ | {"SELFSIGHT_TRUST": str(log)}).returncode
         if code:
             raise SystemExit(f"a test failed (exit code {code}): nothing is written")

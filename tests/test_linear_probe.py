@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from selfsight.interop.export import export_backbone
 from selfsight.probes import ProbeError
 from selfsight.probes.linear import Recipe, _fit, held_out, linear
 from selfsight.probes.run import load_backbone, probe
+from selfsight.probes.select import at_the_end
 
 
 def data(n=400, q=200, d=8, classes=3, seed=0):
@@ -165,3 +167,15 @@ def test_a_checkpoint_that_is_none_is_refused_with_what_works(checkpoint, senten
 def test_a_vit_can_be_probed_at_another_size(exported):
     loaded = load_backbone(str(exported), image_size=24)
     assert loaded.model(torch.zeros(1, 3, 24, 24)).shape == (1, 128)
+
+
+@pytest.mark.parametrize(("tried", "says"), [
+    ({0.1: 50.0, 0.3: 60.0}, r"the highest learning rate, 0\.3, was the best: .*probe\.lrs=\[0\.3,0\.95,3\]"),
+    ({0.1: 50.0, 0.3: 40.0, 1.0: 30.0}, r"the lowest learning rate, 0\.1, was .*probe\.lrs=\[0\.01,0\.032,0\.1\]"),
+    ({0.1: 50.0, 0.3: 60.0, 1.0: 30.0}, "^$"),
+    ({0.1: 50.0, 0.3: 50.0}, "^$"),  # as good as the one beside it
+    ({0.1: 50.0}, "^$"),
+])  # fmt: skip
+def test_a_best_learning_rate_at_the_end_of_the_grid_is_said(tried, says):
+    grid = [{"lr": lr, "weight_decay": wd, "top1": top1 - wd} for lr, top1 in tried.items() for wd in (0, 5)]
+    assert re.search(says, at_the_end(grid, "top1"))

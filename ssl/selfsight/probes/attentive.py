@@ -26,7 +26,7 @@ from .optimizers import LR_BATCH, build_optimizer
 from .progress import Progress
 from .protocols import PROTOCOLS
 from .readout import Want
-from .select import held_out, spread
+from .select import at_the_end, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -414,6 +414,7 @@ def run(task: Task) -> Outcome:
         device=task.device, order_seed=task.cfg.seed, **options,
     )  # fmt: skip
     numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}
+    task.warn(at_the_end([row for row in found.grid if row["layer"] == found.best.layer], "select_top1"))
     parameters = sum(v.numel() for v in found.best.heads[0].parameters() if v.requires_grad)
     return Outcome(numbers, _words(task, wanted, len(found.grid)), parameters)
 

@@ -26,7 +26,7 @@ from .store import Bank
 
 INIT_STD, EPS = 0.01, 1e-6
 HEAD_WIDTH = 64  # channels of an attention head, where nothing is said
-LRS = {"linear": (0.001, 0.003, 0.01, 0.03), "attentive": (0.0003, 0.001, 0.003)}
+LRS = {"linear": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "attentive": (0.0003, 0.001, 0.003)}
 
 
 class LinearScores(nn.Module):

@@ -22,7 +22,7 @@ from . import ProbeError
 from .optimizers import LR_BATCH, build_optimizer
 from .progress import Progress
 from .readout import Want
-from .select import held_out, spread
+from .select import at_the_end, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -262,6 +262,7 @@ def run(task: Task) -> Outcome:
         "select_top1": scored.select_top1, "input": name, "lr": scored.lr, "weight_decay": scored.weight_decay,
         "grid": grid,
     }  # fmt: skip
+    task.warn(at_the_end([row for row in grid if row["input"] == name], "select_top1"))
     return Outcome(numbers, _words(how, names, task), fitted.weight[0, 0].numel() + fitted.bias[0, 0].numel())
 
 

@@ -29,7 +29,7 @@ from .cuts import Cut, windows
 from .dense_heads import LRS, Heads, Recipe, fit, make_head
 from .progress import Progress
 from .readout import Want
-from .select import held_out, spread
+from .select import at_the_end, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -191,6 +191,7 @@ def run(task: Task) -> Outcome:
         "iou": [None if math.isnan(v) else v for v in per_class.nanmean(0).tolist()], "classes": classes,
         "grid": [{"lr": lr, "select_miou": m} for lr, m in zip(lrs, tried)],
     }  # fmt: skip
+    task.warn(at_the_end(numbers["grid"], "select_miou"))
     return Outcome(numbers, _words(task, size, recipe, heads.head), heads.parameters)
 
 

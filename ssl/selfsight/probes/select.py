@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,20 @@ def held_out(ids: np.ndarray, share: float = SELECT_SHARE) -> np.ndarray:
     each = np.unique(drawn)  # one per sample, also where a sample has several rows
     wanted = int(np.ceil(share * len(each)))
     return drawn < share if (each < share).sum() > wanted / 2 else drawn <= each[max(wanted - 1, 0)]
+
+
+def at_the_end(grid: Sequence[Mapping[str, Any]], score: str) -> str:
+    """A sentence where the best learning rate of a grid (rows with "lr" and `score`) is the first or the last one, and
+    better than the one beside it: the optimum may lie beyond. Else ""."""
+    best: dict[float, float] = {}
+    for row in grid:
+        best[row["lr"]] = max(row[score], best.get(row["lr"], row[score]))
+    lrs = sorted(best)
+    for what, end, beside, factor in (("highest", lrs[-1], lrs[-2:][0], 10), ("lowest", lrs[0], lrs[:2][-1], 0.1)):
+        if best[end] == max(best.values()) and best[end] > best[beside]:
+            further = ",".join(f"{lr:.2g}" for lr in sorted([end, end * factor**0.5, end * factor]))
+            return f"the {what} learning rate, {end:.2g}, was the best: more may lie beyond (probe.lrs=[{further}])"
+    return ""
 
 
 def spread(values: Sequence[float]) -> float | None:

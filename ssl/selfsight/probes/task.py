@@ -67,7 +67,9 @@ class Task:
         self.said: set[str] = set() if said is None else said  # warnings that the user has seen
 
     def warn(self, sentence: str) -> None:
-        """Say it now and keep it with the number."""
+        """Say it now and keep it with the number; nothing for an empty sentence."""
+        if not sentence:
+            return
         self.warnings.append(sentence)
         if sentence not in self.said:
             print(f"warning: {sentence}", flush=True)
