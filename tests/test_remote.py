@@ -1,6 +1,7 @@
 """Shards on a server that stalls, cuts, refuses and changes its mind: the same samples as from local files, or one
 sentence."""
 
+import base64
 import contextlib
 import email.utils
 import hashlib
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.spoil, self.log, self.ranges = folder, [], ".tar", [], True
+        self.digest: Callable[[bytes], tuple[str, str]] | None = None  # header of a file
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -82,6 +85,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("ETag", f'"{tag}"')
+        if server.digest:
+            self.send_header(*server.digest(data))
+        if fault == "flip":
+            data = data[:700] + bytes([data[700] ^ 1]) + data[701:]
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         if head:
@@ -199,6 +206,33 @@ def test_passing_failures_are_tried_again(server, tmp_path, faults, ranges):
     assert everything(remote(server, tmp_path)) == everything(local(server))
     assert not server.faults and not list((tmp_path / "cache").glob(".*part*"))
     count("failures of servers", len(faults))
+
+
+def _of(name, form, kind):
+    """A header with the checksum of a file."""
+    return lambda data: (name, form.format(base64.b64encode(hashlib.new(kind, data).digest()).decode()))
+
+
+@pytest.mark.parametrize("digest", [
+    _of("Repr-Digest", "sha-256=:{}:", "sha256"), _of("Content-MD5", "{}", "md5"),
+    _of("X-Goog-Hash", "crc32c=n03x6A==,md5={}", "md5"),
+])  # fmt: skip
+def test_a_checksum_that_the_server_says_is_checked(server, tmp_path, digest):
+    server.digest, server.faults = digest, ["flip"]
+    assert everything(remote(server, tmp_path)) == everything(local(server))
+    assert len([name for name in server.log if name.endswith(".tar")]) == 3 + 1
+    count("failures of servers")
+    server.faults = ["flip"] * 9
+    with pytest.raises(DataError, match=r"another (sha256|md5) checksum than the server says \(4 tries"):
+        download(f"{server.url}/train-000000.tar", ask(f"{server.url}/train-000000.tar", settings(tmp_path)),
+                 tmp_path / "copy", settings(tmp_path))  # fmt: skip
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("header", [("Content-MD5", "no"), ("Repr-Digest", "sha-256=:AAAA:"), ("ETag", '"0cc1"')])
+def test_what_is_no_checksum_is_not_taken_for_one(server, tmp_path, header):
+    server.digest = lambda data: header
+    assert ask(f"{server.url}/train-000000.tar", settings(tmp_path)).checksum is None
 
 
 def test_a_cut_download_goes_on_where_it_ended(server, tmp_path):

@@ -4,17 +4,19 @@
     s3://… hf://…   through fsspec and the package it asks for (extra `remote`)
 
 A cached file has the size of its original and, as modification time, a number made of what the server says of its
-content (ETag, else date). So an index and a reader check it as they check any shard, a file that changed on the server
-is another file, and every machine agrees. A file appears under its name only when it is complete. Each shard is locked
-while one process fetches it, and while a reader has it open; the rest goes, the longest unused first, when there is no
-room.
+content (ETag, else date); where it says a checksum, the copy must have it. So an index and a reader check it as they
+check any shard, a file that changed on the server is another file, and every machine agrees. A file appears under its
+name only when it is complete. Each shard is locked while one process fetches it, and while a reader has it open; the
+rest goes, the longest unused first, when there is no room.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import email.utils
 import fcntl
+import functools
 import hashlib
 import os
 import random
@@ -23,7 +25,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,10 +59,12 @@ class Settings(NamedTuple):
 
 
 class About(NamedTuple):
-    """What a server says of a file: bytes, and a number that changes with its content (0: it says nothing)."""
+    """What a server says of a file: bytes, a number that changes with its content (0: it says nothing), and the kind
+    and hex digits of its checksum, where it is known."""
 
     size: int
     tag: int
+    checksum: tuple[str, str] | None = None
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -77,6 +81,20 @@ def _tag(*words: str | None) -> int:
     """A number below 10^9 from the first word that is there."""
     word = next((w for w in words if w), None)
     return int(hashlib.sha256(word.encode()).hexdigest()[:12], 16) % 10**9 if word else 0
+
+
+def _checksum(headers: Mapping[str, str]) -> tuple[str, str] | None:
+    """Of the whole file, from what servers call it (RFC 9530, RFC 1864, Google). ETags are often something else."""
+    found = re.search(r"\bsha-256=:([\w+/=]+):", headers.get("Repr-Digest") or "")
+    kind, text = "sha256", found and found[1]
+    if not text:
+        found = re.search(r"\bmd5=([\w+/=]+)", headers.get("X-Goog-Hash") or "")
+        kind, text = "md5", found[1] if found else headers.get("Content-MD5")
+    with contextlib.suppress(ValueError, TypeError):
+        digest = base64.b64decode(text, validate=True)
+        if len(digest) == hashlib.new(kind, usedforsecurity=False).digest_size:
+            return kind, digest.hex()
+    return None
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -153,7 +171,8 @@ def ask(url: str, settings: Settings) -> About:
                 if not length:
                     raise DataError(f"{url}: the server does not say how long it is (Content-Length); use "
                                     "data.mode=stream, or copy the shards first")  # fmt: skip
-                return About(int(length), _tag(answer.headers.get("ETag"), answer.headers.get("Last-Modified")))
+                tag = _tag(answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
+                return About(int(length), tag, _checksum(answer.headers))
     else:
         system, path = _fsspec(url)
 
@@ -165,7 +184,8 @@ def ask(url: str, settings: Settings) -> About:
             except OSError as error:
                 raise Passing(str(error)) from None
             words = (info.get(k) for k in ("ETag", "etag", "checksum", "blob_id", "LastModified", "created"))
-            return About(int(info["size"]), _tag(*(str(w) for w in words if w)))
+            sha256 = (info.get("lfs") or {}).get("sha256")
+            return About(int(info["size"]), _tag(*(str(w) for w in words if w)), sha256 and ("sha256", sha256))
 
     return _again("asked for", url, settings, attempt)
 
@@ -184,6 +204,13 @@ def download(url: str, about: About, target: Path, settings: Settings) -> None:
         found = target.stat().st_size if target.exists() else 0
         if found != about.size:
             raise Passing(f"it ended after {found:,} of {about.size:,} bytes")
+        if about.checksum:
+            kind, expected = about.checksum
+            with target.open("rb") as file:
+                digest = hashlib.file_digest(file, functools.partial(hashlib.new, kind, usedforsecurity=False))
+            if digest.hexdigest() != expected:
+                target.unlink()
+                raise Passing(f"what came has another {kind} checksum than the server says")
 
     def _http(have: int) -> None:
         with _request(url, "GET", settings, {"Range": f"bytes={have}-"} if have else {}) as answer:
