@@ -333,6 +333,7 @@ def test_cim_benchmark_refuses_batch_norms(benchmarks):
         cim_step.Textbook(objective, cfg.optim)
 
 
+@pytest.mark.slow
 def test_adapters_are_measured_against_full_training(benchmarks):
     import adapt_step
 

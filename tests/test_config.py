@@ -365,15 +365,10 @@ def test_the_other_commands_compose():
     assert config.load("doctor", ["data=scenes"]).data.size == 64
 
 
-def test_loading_imports_no_torch_and_is_quick():
+def test_loading_imports_no_torch():
     code = (
-        "import sys, time, selfsight.config as c; c.load('train', []); "
-        "print(sorted({'torch', 'timm', 'lightning'} & set(sys.modules)), time.process_time())"
+        "import sys, selfsight.config as c; c.load('train', []); "
+        "print(sorted({'torch', 'timm', 'lightning'} & set(sys.modules)))"
     )
-    found = []
-    for _ in range(3):  # processor time, and the quickest of three: a busy machine spoils the caches
-        done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-        modules, seconds = done.stdout.rsplit(None, 1)
-        assert modules == "[]"
-        found.append(float(seconds))
-    assert min(found) < 1.5
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

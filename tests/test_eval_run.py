@@ -31,6 +31,7 @@ def pair(tmp_path_factory):
     return root, runs.run_here(root / "evaluated", *COMMON, *ENTRIES)
 
 
+@pytest.mark.slow
 def test_evaluations_change_no_bit_of_the_training(pair):
     root, _ = pair
     runs.assert_identical(runs.final_state(root / "plain"), runs.final_state(root / "evaluated"))
@@ -38,6 +39,7 @@ def test_evaluations_change_no_bit_of_the_training(pair):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_process_finds_in_the_checkpoint_what_the_training_finds_in_memory(pair):
     root, _ = pair
     here, beside = (eval_results(root / "evaluated", name) for name in ("knn", "beside"))
@@ -46,6 +48,7 @@ def test_a_process_finds_in_the_checkpoint_what_the_training_finds_in_memory(pai
         assert here[2].facts[key] == beside[2].facts[key], key
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_numbers_and_no_features(pair):
     root, summary = pair
     folder = root / "evaluated"
@@ -59,6 +62,7 @@ def test_the_run_folder_holds_numbers_and_no_features(pair):
     assert "<h2>Evaluations</h2>" in (folder / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_training_does_not_end_it(pair):
     root, summary = pair
     (failed,) = summary["evals"]["bad"]["failed"]
@@ -66,6 +70,7 @@ def test_a_failure_in_the_training_does_not_end_it(pair):
     assert "Traceback" in (root / "evaluated" / "evals" / "bad-0000004.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_unless_an_evaluation_is_new(pair, monkeypatch, capsys):
     root, _ = pair
     words = [word for word in ENTRIES if not word.startswith("eval.bad")]
@@ -75,6 +80,7 @@ def test_a_finished_run_says_so_unless_an_evaluation_is_new(pair, monkeypatch, c
     assert added["evals"]["late"]["last"] == added["evals"]["knn"]["last"]
 
 
+@pytest.mark.slow
 def test_show_has_the_numbers_in_a_table_and_a_panel(pair, tmp_path, capsys):
     from omegaconf import OmegaConf
 

@@ -51,6 +51,7 @@ def _command(pid: str) -> bytes:
         return f.read()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to find the second process")  # noqa: PTH110
 def test_a_whole_run_on_two_devices_agrees_with_one(command_runs):
     root, codes = command_runs
@@ -61,6 +62,7 @@ def test_a_whole_run_on_two_devices_agrees_with_one(command_runs):
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to find the second process")  # noqa: PTH110
 def test_a_bad_sample_that_both_processes_meet_is_listed_once(command_runs):
     root, _ = command_runs
@@ -70,6 +72,7 @@ def test_a_bad_sample_that_both_processes_meet_is_listed_once(command_runs):
     assert read_metrics(root / "two" / "metrics.csv")[-1]["bad_samples"] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to find the second process")  # noqa: PTH110
 def test_a_signal_to_one_process_stops_both_after_a_checkpoint(command_runs):
     root, codes = command_runs
