@@ -135,7 +135,7 @@ def measure() -> dict[str, Any]:
         log = Path(folder) / "counts.jsonl"
         began = time.monotonic()
         files = [f"tests/{name}" for name in FILES]
-        command = [sys.executable, "-m", "pytest", "-m", "slow or slurm or not slow", *files]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "-m", "slow or slurm or not slow", *files]
         code = subprocess.run(command, cwd=ROOT, env=os.environ | {"SELFSIGHT_TRUST": str(log)}).returncode
         if code:
             raise SystemExit(f"a test failed (exit code {code}): nothing is written")

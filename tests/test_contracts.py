@@ -16,8 +16,8 @@ MORE = (  # of the slow run: every objective and every family once; benchmarks/c
 )  # fmt: skip
 PAIRS = (  # 1 = 2 processes alone, in the same four processes
     "mae ConvNeXt V1", "mae SHViT", "dino ViT drop path", "dino ViT sinkhorn", "ibot ViT", "selfpatch ViT",
-    "odis ViT skip", "ijepa ViT", "dmt_jepa ViT", "cim ViT contrast", "glare ViT", "dino ViT uniadapter", "dino ViT adaptformer",
-    "dino ViT lora", "dino ViT apla", "dino ViT bitfit",
+    "odis ViT skip", "ijepa ViT", "dmt_jepa ViT", "cim ViT contrast", "glare ViT",
+    "dino ViT uniadapter", "dino ViT adaptformer", "dino ViT lora", "dino ViT apla", "dino ViT bitfit",
 )  # fmt: skip
 
 
