@@ -121,13 +121,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    model: nn.Module, source: Source, ids: Sequence[int], wants: Sequence[Want], *, cut: Cut, how: How, place: Place
-) -> Plan:
+    model: nn.Module, source: Source, ids: Sequence[int], wants: Sequence[Want], *, cut: Cut, how: How, place: Place,
+    labels: np.ndarray | None = None,
+) -> Plan:  # fmt: skip
     """What a bank of samples `ids` with at least these arrays would be. model: a timm model in eval mode on
-    `how.device` (`readout.plain`)."""
+    `how.device` (`readout.plain`). labels: of the samples (`labels_of`), where they are known."""
     if not len(ids):
         raise ProbeError(f"{source.describe}: no sample is left to look at")
-    facts = identity(model, source, ids, cut, how)
+    facts = identity(model, source, ids, cut, how, labels)
     found = layout(model, wants, cut.size, cut.channels)
     names = list(dict.fromkeys(resolve(want, found.depth).name for want in wants))
     return Plan(model, source, np.asarray(ids), cut, how, place, facts, found, names)
