@@ -106,7 +106,7 @@ def _sizes(settings: Any, train: Bank) -> Iterator[tuple[str, int | None, float 
 
 
 def _too_few(sizes: Sequence[int], label: int, count: int, bad: Sequence[str] = ()) -> ProbeError:
-    left = f" ({len(bad):,} samples of it cannot be read, e.g. {bad[0]})" if bad else ""
+    left = f" ({len(bad):,} of its samples cannot be read, e.g. {bad[0]})" if bad else ""
     return ProbeError(f"probe.shots={next(n for n in sizes if n > count)} images per class, and class {label} has "
                       f"{count} in the training split{left}; leave larger numbers out")  # fmt: skip
 
