@@ -25,3 +25,8 @@ def held_out(ids: np.ndarray, share: float = SELECT_SHARE) -> np.ndarray:
 def spread(values: Sequence[float]) -> float | None:
     """Sample standard deviation over seeds; None for one seed, which shows none."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def counted(n: int, word: str) -> str:
+    """As in "1 seed", "3 seeds"."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
