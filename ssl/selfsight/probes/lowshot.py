@@ -82,8 +82,8 @@ def run(task: Task) -> Outcome:
     numbers = {k: head[k] for k in ("top1", "top1_std", "top1_seeds")} | {"top1_is": f"{head['classifier']}, "
                f"{head['size']}", "rows": rows}  # fmt: skip
     words = (
-        f"Low-shot: subsets of the training split drawn per class by a hash, {counted(len(task.seeds), 'draw')}, pooled "
-        f"features of {task.where(want)}. "
+        f"Low-shot: subsets of the training split drawn per class by a hash, {counted(len(task.seeds), 'draw')}, "
+        f"pooled features of {task.where(want)}. "
         f"logistic: L2, L-BFGS in float64, features centred and scaled by the subset, C of {list(p.costs)} by "
         f"{p.folds}-fold cross-validation inside the subset (one image per class: the middle C). knn: centred by the "
         f"subset's mean, cosine, T = {p.temperature:g}, k = images per class, {MAX_K} at most. Mean and spread "

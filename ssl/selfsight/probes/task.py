@@ -316,7 +316,7 @@ def count_classes(train: Labels, test: Labels) -> int:
         )
     if classes > (limit := max(MANY_CLASSES, 10 * len(train.labels))):
         large = train.labels >= limit
-        where = train.first(large)
+        where = train.first(train.labels == classes - 1) or train.first(large)
         if where or not large.any():  # else the names in classes.json are so many
             named = f", e.g. in {where}" if where else ""
             raise ProbeError(f"labels go up to {classes - 1:,} with {len(train.labels):,} training samples{named}; "
