@@ -1,5 +1,9 @@
 """Banks on disk: found again, continued after a kill, never taken for another; a full disk and damage in a sentence."""
 
+import concurrent.futures
+import contextlib
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -221,6 +225,25 @@ def test_a_bank_that_would_not_fit_says_what_would(vit, tmp_path):
     assert not complete(tmp_path) and not list(tmp_path.glob("*/.part*/patches.npy"))
 
 
+def test_the_limit_counts_what_the_bank_already_has(vit, tmp_path):
+    """Two arrays of 0.16 MB, one after the other: each fits alone."""
+    first = bank(vit, tmp_path, wants=(Want("patches"),), max_gb=2e-4).made[0]
+    with pytest.raises(ProbeError, match=rf"takes 0\.3 MB \(0\.2 MB in {first.parent} and 0\.2 MB to come\), and "
+                                         r"bank\.max_gb=0\.0002 allows 0\.2 MB: once that folder is removed, what "
+                                         r"this probe reads would take 0\.2 MB$"):  # fmt: skip
+        bank(vit, tmp_path, wants=(Want("patches", 0),), max_gb=2e-4)
+    with pytest.raises(ProbeError, match=r"and bank\.max_gb=0\.0002 allows 0\.2 MB: bank\.dtype=float16 would take "
+                                         r"0\.2 MB, 12 images would fit"):  # fmt: skip
+        bank(vit, tmp_path, wants=(Want("patches"), Want("patches", 0)), max_gb=2e-4)
+    assert complete(tmp_path) == [first] and not list(tmp_path.glob("*/.part*/*"))
+    assert not bank(vit, tmp_path, wants=(Want("patches"),), max_gb=1e-6).made  # nothing is written: nothing to bound
+    unfinished = first.parent / ".part-of-another"
+    unfinished.mkdir()
+    (unfinished / "mean.npy").write_bytes(bytes(100_000))
+    with pytest.raises(ProbeError, match=r"takes 0\.4 MB \(0\.3 MB in"):
+        bank(vit, tmp_path, wants=(Want("patches", 0),), max_gb=4e-4)
+
+
 def test_a_full_disk_leaves_nothing_and_says_one_sentence(vit, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # as a quota would: writing fails half-way
@@ -283,6 +306,72 @@ def test_two_processes_that_want_the_same_bank_make_one(tmp_path):
     for one in both:
         one.join()
     assert [one.exitcode for one in both] == [0, 0] and len(complete(tmp_path)) == 1
+    assert not list(tmp_path.glob("*/.part*"))
+
+
+def held(path):
+    """Whether somebody has the lock of a file that is there."""
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_none(tmp_path, capfd, another):
+    """Who had the lock removes it with the folder. another: a third one has made both anew, and is waited for."""
+    folder, order = tmp_path / "bank", []
+
+    def wait():
+        with store._alone(folder) as alone:
+            order.append(("in", alone, held(folder / store.LOCK)))
+
+    with contextlib.ExitStack() as third, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with store._alone(folder):
+            waiting = pool.submit(wait)
+            until(lambda: "waiting for it" in capfd.readouterr().out)
+            shutil.rmtree(folder)
+            if another:
+                third.enter_context(store._alone(folder))
+        if another:
+            until(lambda: "waiting for it" in capfd.readouterr().out)
+            order.append("third is done")
+            third.close()
+        waiting.result(60)
+    assert order == ["third is done"] * another + [("in", True, True)]
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_no_two_write_into_one_unfinished_folder(vit, tmp_path, monkeypatch, locks):
+    """Several that want the same bank at once: with locks one writes; without, each under a name of its own."""
+    used, own = [], Part.__init__
+
+    def begins(self, folder, *args):
+        used.append(folder.name)
+        own(self, folder, *args)
+
+    def nobody(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(Part, "__init__", begins)
+    if not locks:
+        monkeypatch.setattr(store.fcntl, "flock", nobody)
+        pids = iter([11, 12, 13])  # threads stand in for processes
+        monkeypatch.setattr(store, "_own_name", lambda: f"host-{next(pids)}")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(bank, vit, tmp_path, Noise(20, seconds=0.01)) for _ in range(3)]
+        same = [f.result(120).vectors() for f in found]
+    assert all(torch.equal(one, same[0]) for one in same) and len(complete(tmp_path)) == 1
+    assert len(used) == len(set(used)) and (len(used) == 1) >= locks
     assert not list(tmp_path.glob("*/.part*"))
 
 

@@ -256,6 +256,20 @@ def test_results_after_the_checkpoint_are_measured_again(make):
     assert list(found.results["linear"]) == [20] and not eval_folder(make.run, "linear", 40).exists()
 
 
+def test_the_best_number_of_several_is_said_to_be_flattered(make):
+    for number, top1 in ((20, 40.0), (40, 55.5), (60, 55.5), (80, 30.0)):
+        folder = eval_folder(make.run, "linear", number)
+        folder.mkdir(parents=True)
+        (folder / "linear.json").write_text(json.dumps({"top1": top1, "standard_error": 2.0}))
+        found = make("max_steps=80", "eval.linear.every_n_steps=20", start=80)
+        facts = found.summary()["linear"]
+        if number == 20:
+            assert (facts["best"], facts["best_step"], facts["best_is"]) == (40.0, 20, "the only one")
+    assert (facts["last"], facts["last_step"]) == (30.0, 80)
+    assert (facts["best"], facts["best_step"]) == (55.5, 40)  # the first of equal ones
+    assert facts["best_is"] == "the highest of 4 on the reported split, so it is flattered"
+
+
 def test_an_entry_that_comes_late_says_what_it_missed(make):
     save(make.run, 40)
     found = make("eval.linear.every_n_steps=20", start=40)

@@ -310,7 +310,7 @@ def test_labels_outside_the_head_are_refused(run, data, tmp_path):
     with pytest.raises(ProbeError, match=r"2 of 20 test labels are outside the head of 3 classes \(0 to 2, .*e\.g\. 5"):
         run("knn", train, val, "probe.k=3")
     wild = listing(tmp_path, "wild.txt", [(p, 10**6 * (i % 3)) for i, p in enumerate(images[:60])])
-    with pytest.raises(ProbeError, match="labels go up to 2,000,000 with 60 training samples; number the classes"):
+    with pytest.raises(ProbeError, match=r"labels go up to 2,000,000 with 60 training samples, e\.g\. in \S+; number"):
         run("knn", wild, val, "probe.k=3")
     assert not (tmp_path / "out").exists()
 
@@ -476,7 +476,12 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_backbone_runs(run, d
 
 def test_one_seed_shows_no_spread(run, data, capsys):
     result = run("linear", data["train"], data["val"], "probe.epochs=1", "probe.lrs=[0.1]", "probe.seeds=1")
-    assert result["top1_std"] is None and "over 1 seeds" not in capsys.readouterr().out
+    assert result["top1_std"] is None and "over 1 seed" not in capsys.readouterr().out
+    assert "mean over 1 seed (start" in result["protocol"] and ": 1 head (input" in result["protocol"]
+    few = run("lowshot", data["train"], data["val"], "probe.shots=[1]", "probe.classifiers=[knn]", "probe.seeds=1")
+    assert few["top1_std"] is None and "by a hash, 1 draw, pooled" in few["protocol"]
+    turned = run("rotation", data["train"], data["val"], "probe.epochs=1", "probe.seeds=1", "probe.lrs=[0.1]")
+    assert "1 learning rate, chosen" in turned["protocol"] and "mean over 1 seed (start" in turned["protocol"]
 
 
 def test_poolings_write_files_of_their_own(run, data, tmp_path):

@@ -32,7 +32,7 @@ from .classifier import HEAD_STD, build_classifier, classifier_args, held_by, us
 from .finetune_published import published
 from .identity import data_facts, digest, weights_hash
 from .readout import plain
-from .select import held_out, spread
+from .select import counted, held_out, spread
 from .store import FULL, Bank
 from .task import Outcome, Task
 from .tuning import Diverged, Job, Judge, Training, result
@@ -252,7 +252,7 @@ def _words(task: Task, choice: Choice, numbers: dict[str, Any], size: str) -> st
         f"{chosen}, weight decay {p.weight_decay:g} (none for 1-D tensors, tokens, positions), {p.epochs} epochs, "
         f"batch {numbers['batch']:,}, {p.warmup_epochs:g} epochs of warm-up, cosine per step to {p.min_lr:g}, drop "
         f"path {numbers['drop_path']:g}; {_augmented(p)}{_also(p)}; the last epoch is scored on the test split; mean "
-        f"over {len(task.seeds)} seeds (start of the head, order, augmentation)."
+        f"over {counted(len(task.seeds), 'seed')} (start of the head, order, augmentation)."
     )
 
 

@@ -63,9 +63,9 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value))
 
 
-def data_facts(source: Source, ids: np.ndarray) -> dict[str, Any]:
+def data_facts(source: Source, ids: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Any]:
     """The source and the samples taken from it. Names and sizes alone would take two folders with the same file names
-    for one, so the place and the bytes of a few samples count as well."""
+    for one, so the place and the bytes of a few samples count as well. labels: `labels_of`, where they are known."""
     looked = [_bytes(source, int(i)) for i in np.unique(ids[np.linspace(0, len(ids) - 1, LOOKED_AT).astype(int)])]
     return {
         "fingerprint": source.fingerprint,
@@ -73,7 +73,7 @@ def data_facts(source: Source, ids: np.ndarray) -> dict[str, Any]:
         "labels": [
             bool(source.labelled),
             digest(json.dumps(list(source.classes or [])).encode()),
-            _labels(source, ids),
+            digest((labels_of(source, ids) if labels is None else labels).tobytes()),  # a bank keeps them all
         ],
         "ids": digest(np.ascontiguousarray(ids, dtype=np.int64).tobytes()),
         "samples": len(ids),
@@ -81,9 +81,9 @@ def data_facts(source: Source, ids: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _labels(source: Source, ids: np.ndarray) -> str:
-    """Of every sample, because a bank keeps them, and relabelling changes no image."""
-    return digest(np.array([_label(source, i) for i in ids.tolist()], dtype=np.int64).tobytes())
+def labels_of(source: Source, ids: np.ndarray) -> np.ndarray:
+    """int64 [n], without reading an image; -1: none, `UNUSABLE`: the sample will be left out for it."""
+    return np.array([_label(source, i) for i in ids.tolist()], dtype=np.int64)
 
 
 def _label(source: Source, id: int) -> int:
@@ -101,13 +101,15 @@ def _bytes(source: Source, id: int) -> bytes:
     return f"{raw.key} {raw.label} ".encode() + raw.image
 
 
-def identity(model: nn.Module, source: Source, ids: Sequence[int], cut: Cut, how: How) -> dict[str, Any]:
+def identity(
+    model: nn.Module, source: Source, ids: Sequence[int], cut: Cut, how: How, labels: np.ndarray | None = None
+) -> dict[str, Any]:
     """All that decides a bank's numbers, as JSON would say it; batch, device and threads change only rounding."""
     return {
         "version": VERSION,
         "weights": weights_hash(model),
         "architecture": architecture_hash(model),
-        "data": data_facts(source, np.asarray(ids)),
+        "data": data_facts(source, np.asarray(ids), labels),
         "transform": [*cut],
         "mean": [float(v) for v in how.mean],
         "std": [float(v) for v in how.std],

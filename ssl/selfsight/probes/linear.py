@@ -22,7 +22,7 @@ from . import ProbeError
 from .optimizers import LR_BATCH, build_optimizer
 from .progress import Progress
 from .readout import Want
-from .select import at_the_end, held_out, spread
+from .select import at_the_end, counted, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -280,12 +280,12 @@ def _words(how: Recipe, names: list[str], task: Task) -> str:
     warmup = f", {how.warmup_epochs:g} epochs of warm-up" if how.warmup_epochs else ""
     length = f"{how.steps:,} steps" if how.steps else f"{how.epochs} epochs"
     inputs = " and ".join(names) if len(names) < 3 else f"{len(names)} inputs ({', '.join(names)})"
-    count = len(names) * len(how.heads)
+    count, seeds = counted(len(names) * len(how.heads), "head"), counted(len(task.seeds), "seed")
     where = task.where(inputs_of(names[-1], task.settings.layer, task.settings.norm)[-1])
     protocol = f"After {task.settings.protocol}. " if task.settings.get("protocol") else ""
     return (
-        f"{protocol}One linear layer on frozen {inputs} features of {where}, no augmentation, {norm}: {count} heads "
+        f"{protocol}One linear layer on frozen {inputs} features of {where}, no augmentation, {norm}: {count} "
         f"(input x learning rate x weight decay) trained side by side with {optimizer}{warmup}, cosine to zero, "
         f"{length}, batch {how.batch_size:,} at most; the head was chosen on a held-out tenth of the training images "
-        f"and scored on the test split; mean over {len(task.seeds)} seeds (start of the heads, order of the batches)."
+        f"and scored on the test split; mean over {seeds} (start of the heads, order of the batches)."
     )

@@ -6,7 +6,7 @@ the test split stays, mean and spread are reported. Hyper-parameters see the dra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from .knn import knn
 from .logistic import Scale, choose_cost, fit, predict
 from .progress import Progress
 from .readout import Want
-from .select import spread
+from .select import counted, spread
 
 if TYPE_CHECKING:
+    from .store import Bank
     from .task import Outcome, Task
 
 MAX_K = 20
@@ -40,7 +41,18 @@ def draw(ids: np.ndarray, labels: np.ndarray, seed: int, shots: int | None, perc
 
 
 def wants(task: Task, settings: Any) -> list[Want]:
-    """What a run with these settings reads."""
+    """What a run with these settings reads; ProbeError where the training split cannot give the sizes it asks for."""
+    from .task import Labels
+
+    source, ids = task.splits.train
+    if settings.shots and max(settings.shots) > len(ids):
+        raise ProbeError(f"probe.shots={max(settings.shots)} images per class, and the training split has {len(ids)} "
+                         "in all; leave larger numbers out")  # fmt: skip
+    split = Labels(source, ids, task.labels()[0])
+    classes, counts = np.unique(split.labels[split.labels >= 0], return_counts=True)
+    for i in np.argsort(counts, kind="stable").tolist():
+        if max(settings.shots or [0]) > counts[i] and split.first(split.labels == classes[i]):
+            raise _too_few(settings.shots, classes[i], counts[i])  # a class of broken images alone is none
     return [Want.of("pooled", settings.layer, settings.norm)]
 
 
@@ -49,15 +61,12 @@ def run(task: Task) -> Outcome:
     from .task import Outcome
 
     p = task.settings
-    (want,), images = wants(task, p), len(task.splits.train[1])
-    if p.shots and max(p.shots) > images:
-        raise ProbeError(f"probe.shots={max(p.shots)} images per class, and the training split has {images} in all; "
-                         "leave larger numbers out")  # fmt: skip
+    (want,) = wants(task, p)
     train, test = task.banks(want)
     bank, queries = train.read(want).to(task.device), test.read(want).to(task.device)
     labels, truth = train.labels.to(task.device), test.labels.to(task.device)
     rows: list[dict[str, Any]] = []
-    for word, shots, percent in list(_sizes(task, train.labels.numpy())):  # all are checked before one is computed
+    for word, shots, percent in list(_sizes(p, train)):  # all are checked before one is computed
         draws = [draw(train.ids, train.labels.numpy(), seed, shots, percent) for seed in task.seeds]
         for kind in p.classifiers:
             found, said = [], Progress(f"lowshot {word}, {kind}", len(draws), "draws")
@@ -73,8 +82,8 @@ def run(task: Task) -> Outcome:
     numbers = {k: head[k] for k in ("top1", "top1_std", "top1_seeds")} | {"top1_is": f"{head['classifier']}, "
                f"{head['size']}", "rows": rows}  # fmt: skip
     words = (
-        f"Low-shot: subsets of the training split drawn per class by a hash, {len(task.seeds)} draws, pooled features "
-        f"of {task.where(want)}. "
+        f"Low-shot: subsets of the training split drawn per class by a hash, {counted(len(task.seeds), 'draw')}, "
+        f"pooled features of {task.where(want)}. "
         f"logistic: L2, L-BFGS in float64, features centred and scaled by the subset, C of {list(p.costs)} by "
         f"{p.folds}-fold cross-validation inside the subset (one image per class: the middle C). knn: centred by the "
         f"subset's mean, cosine, T = {p.temperature:g}, k = images per class, {MAX_K} at most. Mean and spread "
@@ -84,17 +93,22 @@ def run(task: Task) -> Outcome:
     return Outcome(numbers, words, trained)
 
 
-def _sizes(task: Task, labels: np.ndarray) -> Iterator[tuple[str, int | None, float | None]]:
-    """(words, shots, percent) of every subset; ProbeError where a class has too few images."""
-    counts = np.bincount(labels)
+def _sizes(settings: Any, train: Bank) -> Iterator[tuple[str, int | None, float | None]]:
+    """(words, shots, percent) of every subset; ProbeError where unreadable samples leave a class too few images."""
+    counts = np.bincount(train.labels.numpy())
     scarce = int(counts[counts > 0].min())
-    for shots in task.settings.shots:
-        if shots > scarce:
-            raise ProbeError(f"probe.shots={shots} images per class, and class {int(np.argmax(counts == scarce))} has "
-                             f"{scarce} in the training split; leave larger numbers out")  # fmt: skip
+    if max(settings.shots or [0]) > scarce:
+        raise _too_few(settings.shots, int(np.argmax(counts == scarce)), scarce, [why for _, why in train.bad])
+    for shots in settings.shots or ():
         yield f"{shots} per class", shots, None
-    for percent in task.settings.percent or ():
+    for percent in settings.percent or ():
         yield f"{percent:g} %", None, percent
+
+
+def _too_few(sizes: Sequence[int], label: int, count: int, bad: Sequence[str] = ()) -> ProbeError:
+    left = f" ({len(bad):,} of its samples cannot be read, e.g. {bad[0]})" if bad else ""
+    return ProbeError(f"probe.shots={next(n for n in sizes if n > count)} images per class, and class {label} has "
+                      f"{count} in the training split{left}; leave larger numbers out")  # fmt: skip
 
 
 def _one(

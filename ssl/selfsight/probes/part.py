@@ -17,7 +17,7 @@ from ..faults import fault
 
 COLUMNS = {"ids": "int64", "part": "int64", "labels": "int64", "key": "uint64", "content": "uint64"}
 HEADER = 128  # bytes; constant, so that the number of rows can be filled in at the end
-CHECKED = 256 << 20  # bytes of an array that are compared with their checksum when it is opened
+CHECKED = 256 << 20  # bytes up to which an array is compared with its checksum when it is opened
 
 
 def header(shape: tuple[int, ...], dtype: str) -> bytes:
@@ -105,12 +105,15 @@ class Part:
         }
         replace_text(self.folder / "bank.json", json.dumps(meta, indent=1))
         fault("bank.finished", self.done)
-        if target.exists():  # where there are no locks, another process was quicker
-            self.remove()
-        else:
+        try:
             self.folder.rename(target)
-            fault("bank.renamed", self.done)
-            (target / "progress.json").unlink(missing_ok=True)  # last: until here a killed process can continue
+        except OSError:
+            if not target.exists():
+                raise
+            self.remove()  # where there are no locks, another process was quicker
+            return target, meta
+        fault("bank.renamed", self.done)
+        (target / "progress.json").unlink(missing_ok=True)  # last: until here a killed process can continue
         return target, meta
 
     def remove(self) -> None:
@@ -130,8 +133,9 @@ def replace_text(path: Path, text: str, sync: bool = True) -> None:
 
 
 def damage(folder: Path, meta: dict[str, Any]) -> str:
-    """In words, what is wrong with the files of a bank; empty if nothing is. Sizes and headers of all, and the
-    checksum of the first `CHECKED` bytes at most: reading a whole bank to open it would cost what it saves."""
+    """In words, what is wrong with the files of a bank; empty if nothing is. Sizes and headers of all arrays are looked
+    at, and the checksums of those up to `CHECKED` bytes; of what stands in larger ones nothing is: reading a whole bank
+    to open it would cost what it saves."""
     for name, about in (meta["columns"] | meta["arrays"]).items():
         path, start = folder / f"{name}.npy", header(about["shape"], about["dtype"])
         size = int(np.prod(about["shape"], dtype=np.int64)) * np.dtype(about["dtype"]).itemsize

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.decode import size_of
+from ..data.decode import decode, size_of
 from ..data.source import SampleError, Source
 from . import ProbeError
 from .bank import AUTOCAST, normalise
@@ -97,6 +97,16 @@ def _ahead(source: Source, ids: np.ndarray, cut: Cut, how: How) -> Iterator[tupl
             yield part, seen
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def usable(source: Source, id: int) -> str | None:
+    """File and key of a sample that can be decoded; None for one that will be left out."""
+    try:
+        raw = source.read(id)
+        decode(raw.image, raw.where)
+        return raw.where
+    except SampleError:
+        return None
 
 
 def look_over(source: Source, ids: np.ndarray, workers: int) -> tuple[dict[str, np.ndarray], list[tuple[int, str]]]:

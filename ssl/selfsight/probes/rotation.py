@@ -19,7 +19,7 @@ from . import ProbeError
 from .cuts import ROTATIONS
 from .linear import Recipe, check_select, fit, score
 from .readout import Want
-from .select import held_out
+from .select import counted, held_out
 
 if TYPE_CHECKING:
     from .task import Outcome, Task
@@ -47,8 +47,8 @@ def run(task: Task) -> Outcome:
     words = (
         "Rotation (label-free proxy, 25 % is chance): one linear layer on frozen pooled features, standardised per "
         f"dimension, tells by how much each image was turned (0, 90, 180, 270 degrees); SGD, momentum 0.9, {p.epochs} "
-        f"epochs, {len(p.lrs)} learning rates, chosen on a held-out tenth of the training images; mean over "
-        f"{len(task.seeds)} seeds (start and order). Compare runs of one architecture on one data set only."
+        f"epochs, {counted(len(p.lrs), 'learning rate')}, chosen on a held-out tenth of the training images; mean over "
+        f"{counted(len(task.seeds), 'seed')} (start and order). Compare runs of one architecture on one data set only."
     )
     return Outcome(numbers, words, fitted.weight[0, 0].numel() + ROTATIONS)
 

@@ -29,7 +29,7 @@ from .cuts import Cut, windows
 from .dense_heads import LRS, Heads, Recipe, fit, make_head
 from .progress import Progress
 from .readout import Want
-from .select import at_the_end, held_out, spread
+from .select import at_the_end, counted, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -218,13 +218,13 @@ def _words(task: Task, size: int, recipe: Recipe, head: nn.Module) -> str:
         seen = f"shorter side {size}, windows of {size} with stride {size // 2}, overlapping logits averaged"
     layer = task.where(Want.of("patches", p.layer, p.norm))
     norm = ", standardised per dimension" if p.batch_norm else ""
-    kind = "one linear layer"
+    kind, seeds, rates = "one linear layer", counted(len(task.seeds), "seed"), counted(len(recipe.lrs), "learning rate")
     if recipe.kind == "attentive":
         kind = f"a query per class that attends to the tokens ({head.heads} heads) and then scores each of them,"
     return (
         f"Segmentation by {kind} on frozen patch tokens of {layer}{norm}, {seen}, logits enlarged "
         f"bilinearly to the original masks; mIoU over the test split's pixels without id {p.ignore}, mean over the "
-        f"classes that occur or are predicted. AdamW, {p.epochs} epochs, {len(recipe.lrs)} learning rates, chosen by "
-        f"mIoU on a held-out tenth of the training images; no augmentation; mean over {len(task.seeds)} seeds (start "
+        f"classes that occur or are predicted. AdamW, {p.epochs} epochs, {rates}, chosen by "
+        f"mIoU on a held-out tenth of the training images; no augmentation; mean over {seeds} (start "
         "and order), standard error by bootstrap over the test images."
     )

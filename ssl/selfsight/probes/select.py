@@ -40,3 +40,8 @@ def at_the_end(grid: Sequence[Mapping[str, Any]], score: str) -> str:
 def spread(values: Sequence[float]) -> float | None:
     """Sample standard deviation over seeds; None for one seed, which shows none."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def counted(n: int, word: str) -> str:
+    """As in "1 seed", "3 seeds"."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,13 +122,14 @@ class Plan(NamedTuple):
 
 
 def plan(
-    model: nn.Module, source: Source, ids: Sequence[int], wants: Sequence[Want], *, cut: Cut, how: How, place: Place
-) -> Plan:
+    model: nn.Module, source: Source, ids: Sequence[int], wants: Sequence[Want], *, cut: Cut, how: How, place: Place,
+    labels: np.ndarray | None = None,
+) -> Plan:  # fmt: skip
     """What a bank of samples `ids` with at least these arrays would be. model: a timm model in eval mode on
-    `how.device` (`readout.plain`)."""
+    `how.device` (`readout.plain`). labels: of the samples (`labels_of`), where they are known."""
     if not len(ids):
         raise ProbeError(f"{source.describe}: no sample is left to look at")
-    facts = identity(model, source, ids, cut, how)
+    facts = identity(model, source, ids, cut, how, labels)
     found = layout(model, wants, cut.size, cut.channels)
     names = list(dict.fromkeys(resolve(want, found.depth).name for want in wants))
     return Plan(model, source, np.asarray(ids), cut, how, place, facts, found, names)
@@ -264,11 +266,16 @@ def _alone(folder: Path) -> Iterator[bool]:
         yield True
 
 
+def _own_name() -> str:
+    """Of this process, among those of all machines that may share a disk."""
+    return f"{platform.node()}-{os.getpid()}"
+
+
 def _extract(asked: Plan, names: list[str], alone: bool) -> tuple[Path, dict[str, Any]]:
     """Write the arrays `names`; returns their folder and its bank.json."""
     source, ids, folder = asked.source, asked.ids, asked.folder
     title = _title(names)
-    part = Part(folder / f".part-{title}{'' if alone else f'-{os.getpid()}'}", asked.arrays(names), len(ids))
+    part = Part(folder / f".part-{title}{'' if alone else f'-{_own_name()}'}", asked.arrays(names), len(ids))
     if part.done:
         print(f"features: continuing at {part.done:,} of {len(ids):,} images", flush=True)
     began = said = time.monotonic()
@@ -309,38 +316,53 @@ def _parse(name: str) -> tuple[str, int | None, bool]:
 
 
 class Need(NamedTuple):
-    """Bytes of what a plan still has to write: by array, in all, and what of it is already there, unfinished."""
+    """Bytes of a bank. whole: still to write; have: of these already there, unfinished; kept: of everything else in its
+    folder, asked for or not; per: of each array asked for, if any is missing (another bank would need them all)."""
 
     per: dict[str, float]
     whole: float
     have: int
+    kept: int
 
 
 def need(asked: Plan) -> Need:
-    """What is missing of a bank."""
+    """What a bank takes and what is missing of it."""
     try:
         found = _found(asked.folder, asked.facts, mend=False)
     except FileNotFoundError:  # not there, or removed meanwhile
         found = []
-    arrays = asked.arrays(missing := _missing(asked.names, found))
-    rows = len(asked.ids) * count_crops(asked.source, asked.ids, asked.cut) if missing else 0
-    per = {n: rows * int(np.prod(shape)) * np.dtype(dtype).itemsize for n, (shape, dtype) in arrays.items()}
+    if not (missing := _missing(asked.names, found)):
+        return Need({}, 0, 0, _bytes(path for path, _ in found))
+    rows = len(asked.ids) * count_crops(asked.source, asked.ids, asked.cut)
+    per = {n: rows * int(np.prod(shape)) * np.dtype(d).itemsize for n, (shape, d) in asked.arrays(asked.names).items()}
+    columns = rows * sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())  # every extraction has its own
     part = asked.folder / f".part-{_title(missing)}"
-    have = 0
-    for path in part.glob("*.npy"):
+    others = (p for p in asked.folder.glob(".part-*") if p != part)
+    kept = _bytes(path for path, _ in found) + _bytes(others)
+    return Need(per, sum(per[name] for name in missing) + columns, _bytes([part]), kept)
+
+
+def _bytes(folders: Iterable[Path]) -> int:
+    """Of the arrays in these folders."""
+    total = 0
+    for path in (file for folder in folders for file in folder.glob("*.npy")):
         with contextlib.suppress(FileNotFoundError):  # another process has just finished it
-            have += path.stat().st_size
-    return Need(per, sum(per.values()), have)
+            total += path.stat().st_size
+    return total
 
 
 def check_sizes(plans: Sequence[Plan]) -> None:
-    """ProbeError, with what would fit, where one bank is larger than `place.max_gb`, or where all together are larger
-    than the disk has room for. Looked at before the first is begun."""
+    """ProbeError, with what would fit, where one bank would become larger than `place.max_gb`, or where all together
+    are larger than the disk has room for. Looked at before the first is begun."""
     needs = [need(asked) for asked in plans]
     for asked, one in zip(plans, needs):
-        if one.whole > (limit := asked.place.max_gb * 1e9):
-            why = f"a bank of {len(asked.ids):,} images takes {_gb(one.whole)}, and bank.max_gb={asked.place.max_gb:g} "
-            raise ProbeError(f"{why}allows {_gb(limit)}: {_choices(asked, [one], len(asked.ids), limit)}")
+        if one.whole and one.whole + one.kept > (limit := asked.place.max_gb * 1e9):
+            parts = f" ({_gb(one.kept)} in {asked.folder} and {_gb(one.whole)} to come)" if one.kept else ""
+            choices = _choices(asked, [one], len(asked.ids), limit)
+            if one.kept and (anew := sum(one.per.values())) <= limit:
+                choices = f"once that folder is removed, what this probe reads would take {_gb(anew)}"
+            raise ProbeError(f"a bank of {len(asked.ids):,} images takes {_gb(one.whole + one.kept)}{parts}, and "
+                             f"bank.max_gb={asked.place.max_gb:g} allows {_gb(limit)}: {choices}")  # fmt: skip
     root = next(p for p in (plans[0].place.root, *plans[0].place.root.absolute().parents) if p.exists())
     usage, whole = shutil.disk_usage(root), sum(one.whole for one in needs)
     room = max(0, usage.free - KEEP_FREE * usage.total + sum(one.have for one in needs))
@@ -351,13 +373,14 @@ def check_sizes(plans: Sequence[Plan]) -> None:
 
 
 def _choices(asked: Plan, needs: Sequence[Need], images: int, allowed: float) -> str:
-    """What would make it fit."""
-    whole, patches = sum(n.whole for n in needs), {k for n in needs for k in n.per if k.startswith("patches")}
+    """What would make it fit. Another type or other images make another bank, which needs all of its arrays."""
+    whole = sum(size for n in needs for size in n.per.values())
+    patches = {name for n in needs for name in n.per if name.startswith("patches")}
     choices = []
     if patches and asked.how.dtype == "float32":
         half = whole - sum(size / 2 for n in needs for k, size in n.per.items() if k in patches)
         choices.append(f"bank.dtype=float16 would take {_gb(half)}")
-    if len(patches) > 1:
+    if len(patches) > 1 and not any(n.kept for n in needs):
         choices.append(f"one layer instead of {len(patches)} {_gb(whole / len(patches))}")
     if fits := int(allowed / whole * images):
         choices.append(f"{fits} images would fit (probe.bank for the training split, probe.test for the test split)")

@@ -176,6 +176,7 @@ def _extract(rows: list[Row], checkpoint: str, together: Together) -> float | No
         return None
     try:
         task, wanted = _task(modules[0][0], checkpoint, together), {}
+        task.check_labels()  # all of these rows need them
         for row, module in modules:
             try:
                 asked = module.wants(task, row.cfg.probe)

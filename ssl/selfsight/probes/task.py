@@ -16,10 +16,10 @@ from ..data.source import Source
 from . import ProbeError
 from .bank import extract, frozen, subset
 from .cuts import Cut
-from .identity import How, _label
+from .identity import How, labels_of
 from .load import Loaded, choose_workers
 from .masks import need_objects
-from .passes import look_over
+from .passes import look_over, usable
 from .readout import Want, layout, norm_acts, plain, resolve
 from .select import held_out
 from .store import Bank, Place, check_sizes, make, plan
@@ -61,6 +61,7 @@ class Task:
         self.seeds = tuple(range(cfg.seed, cfg.seed + (cfg.probe.get("seeds") or 1)))
         self.warnings: list[str] = []
         self.classes = 0
+        self._labels: tuple[np.ndarray, ...] = ()
         self.train: Bank | None = None
         self.test: Bank | None = None
         self.made: set[Path] = set()  # what was put on disk for this probe
@@ -84,9 +85,8 @@ class Task:
         those are kept in memory only.
         """
         loaded = self.loaded
-        if labelled:  # before the backbone runs; every label is looked at later
-            for source, ids in self.splits[:2]:
-                need_labels(source, [_label(source, i) for i in ids[:LOOKED_AT].tolist()], self.settings.name)
+        if labelled:
+            self.check_labels()
         cut = Cut(kind, loaded.image_size, loaded.crop_pct, len(loaded.mean), stride)
         if masks == "none":
             self.train, self.test = self._stored(wants, cut)
@@ -97,6 +97,7 @@ class Task:
 
     def samples(self) -> tuple[Bank, Bank]:
         """(train, test) without features, for a probe that trains the backbone; labels are checked as for `banks`."""
+        self.check_labels()
         out = []
         for source, ids in self.splits[:2]:
             columns, bad = look_over(source, np.asarray(ids), choose_workers(self.cfg.num_workers))
@@ -108,12 +109,31 @@ class Task:
         self._look_over(labelled=True)
         return self.train, self.test
 
+    def labels(self) -> tuple[np.ndarray, ...]:
+        """Of the samples of (train, test), as `labels_of` says them before an image is read."""
+        if not self._labels:
+            self._labels = tuple(labels_of(source, ids) for source, ids in self.splits[:2])
+        return self._labels
+
+    def check_labels(self) -> None:
+        """ProbeError, before anything is extracted, for a sample without a label or with one outside the head."""
+        name = self.settings.name
+        for source, ids in self.splits[:2]:  # a split without any is told from its first ones
+            need_labels(Labels(source, ids[:LOOKED_AT], labels_of(source, ids[:LOOKED_AT])), name)
+        both = [Labels(source, ids, labels) for (source, ids), labels in zip(self.splits[:2], self.labels())]
+        for split in both:
+            need_labels(split, name)
+        count_classes(*both)
+
     def _look_over(self, labelled: bool) -> None:
         """Labels, classes, and samples that both splits share."""
         if labelled:
-            for (source, _), bank in zip((self.splits.train, self.splits.test), (self.train, self.test)):
-                need_labels(source, bank.labels.tolist(), self.settings.name)
-            self.classes = self._count_classes()
+            pairs = zip(self.splits[:2], (self.train, self.test))
+            both = [Labels(source, bank.ids, bank.labels.numpy()) for (source, _), bank in pairs]
+            for split in both:
+                need_labels(split, self.settings.name)
+            self.classes = count_classes(*both)
+            self._warn_empty()
         if shared := overlap(self.train, self.test):
             keys, same = shared
             if same or self.cfg.data.name != "scenes":  # the built-in scenes number each split from zero
@@ -178,7 +198,8 @@ class Task:
         name = str(loaded.facts["backbone"]).replace("/", "-")
         place = Place(root, bank.get("max_gb") or Place._field_defaults["max_gb"], name)
         with frozen(plain(loaded.model, cut.size)) as model:
-            plans = [plan(model, *split, wants, cut=cut, how=how, place=place) for split in self.splits[:2]]
+            plans = [plan(model, *split, wants, cut=cut, how=how, place=place, labels=labels)
+                     for split, labels in zip(self.splits[:2], self.labels())]  # fmt: skip
             check_sizes(plans)
             banks = []
             for asked in plans:
@@ -204,21 +225,10 @@ class Task:
             out.append(Bank(columns, arrays, bad=found.bad, describe=source.describe, shown=found.shown))
         return tuple(out)
 
-    def _count_classes(self) -> int:
-        """Classes of the head; ProbeError for labels outside it, a warning for classes that nothing can teach."""
-        train, test = self.train.labels, self.test.labels
-        names = self.splits.train[0].classes
-        classes = max(len(names or ()), int(train.max()) + 1)
-        outside = test[test >= classes]
-        if len(outside):
-            raise ProbeError(
-                f"{len(outside):,} of {len(test):,} test labels are outside the head of {classes:,} classes (0 to "
-                f"{classes - 1:,}, as in the training split), e.g. {int(outside[0])}; both splits must number the "
-                "same classes from 0"
-            )
-        if classes > max(MANY_CLASSES, 10 * len(train)):
-            raise ProbeError(f"labels go up to {classes - 1:,} with {len(train):,} training samples; number the "
-                             "classes from 0 without gaps")  # fmt: skip
+    def _warn_empty(self) -> None:
+        """Of classes that nothing can teach."""
+        train, test, names = self.train.labels, self.test.labels, self.splits.train[0].classes
+        classes = self.classes
         seen = torch.bincount(train, minlength=classes) > 0
         asked = torch.bincount(test, minlength=classes)
         empty = [c for c in torch.nonzero(~seen).flatten().tolist() if names or asked[c]]
@@ -227,7 +237,6 @@ class Task:
             more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
             self.warn(f"no training sample of class {named}{more}: {int(asked[empty].sum()):,} test samples can only "
                       "be taken for other classes")  # fmt: skip
-        return classes
 
 
 def open_splits(cfg: Any, image_size: int) -> Splits:
@@ -258,14 +267,50 @@ def _part_of(ids: np.ndarray, count: int | None, words: str) -> tuple[np.ndarray
     return ids[subset(len(ids), count)], f"a fixed part of {count:,} of the {len(ids):,} images of {words}"
 
 
-def need_labels(source: Source, labels: list[int], name: str) -> None:
+class Labels(NamedTuple):
+    """Of samples `ids` of a source, int64 [n]; -1: none, `UNUSABLE`: the sample will be left out."""
+
+    source: Source
+    ids: np.ndarray
+    labels: np.ndarray
+
+    def first(self, chosen: np.ndarray) -> str | None:
+        """File and key of the first sample of a mask that is no broken image (those are left out, whatever their
+        label). None: there is none, or the first `LOOKED_AT` are all broken, which is for the extraction to say."""
+        found = (usable(self.source, i) for i in self.ids[chosen][:LOOKED_AT].tolist())
+        return next((where for where in found if where is not None), None)
+
+
+def need_labels(split: Labels, name: str) -> None:
     """ProbeError if a sample has no label."""
-    missing = sum(label == NO_LABEL for label in labels)
-    if missing:
+    missing = split.labels == NO_LABEL
+    if missing.any() and (where := split.first(missing)):
         raise ProbeError(
-            f"probe={name} needs labels, and {missing:,} of {len(labels):,} samples of {source.describe} have "
-            "none; label them (.cls files or class folders), or use probe=rotation or the RankMe of the run's report"
+            f"probe={name} needs labels, and {missing.sum():,} of {len(missing):,} samples of {split.source.describe} "
+            f"have none, e.g. {where}; label them (.cls files or class folders), or use probe=rotation or the RankMe "
+            "of the run's report"
         )
+
+
+def count_classes(train: Labels, test: Labels) -> int:
+    """Classes of the head; ProbeError for labels outside it."""
+    known = train.labels[train.labels >= 0]
+    classes = max(len(train.source.classes or ()), int(known.max(initial=-1)) + 1)
+    outside = test.labels >= classes
+    if len(known) and outside.any() and (where := test.first(outside)):
+        raise ProbeError(
+            f"{outside.sum():,} of {len(outside):,} test labels are outside the head of {classes:,} classes (0 to "
+            f"{classes - 1:,}, as in the training split), e.g. {test.labels[outside][0]} of {where}; both splits must "
+            "number the same classes from 0"
+        )
+    if classes > (limit := max(MANY_CLASSES, 10 * len(train.labels))):
+        large = train.labels >= limit
+        where = train.first(train.labels == classes - 1) or train.first(large)
+        if where or not large.any():  # else the names in classes.json are so many
+            named = f", e.g. in {where}" if where else ""
+            raise ProbeError(f"labels go up to {classes - 1:,} with {len(train.labels):,} training samples{named}; "
+                             "number the classes from 0 without gaps")  # fmt: skip
+    return classes
 
 
 def overlap(train: Bank, test: Bank) -> tuple[int, int] | None:

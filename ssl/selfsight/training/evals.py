@@ -241,9 +241,10 @@ class Evals:
         found, facts = self.results[name], {"probe": self.plan.entries[name].probe.name}
         if found:
             last, best = max(found), max(found, key=lambda step: (found[step].value, -step))
+            chosen = f"the highest of {len(found)} on the reported split, so it is flattered"
             facts |= {"metric": METRICS[found[last].metric], "last": found[last].value, "last_step": last,
                       "standard_error": found[last].error, "best": found[best].value, "best_step": best,
-                      "best_is": f"the highest of {len(found)} on the reported split, so it is flattered"}  # fmt: skip
+                      "best_is": chosen if len(found) > 1 else "the only one"}  # fmt: skip
         failed = [{"step": step} | why for (other, step), why in sorted(self.failed.items()) if other == name]
         queued = [step for other, step in sorted(self.submitted) if other == name]
         return facts | ({"failed": failed} if failed else {}) | ({"in_queue": queued} if queued else {})
