@@ -151,6 +151,7 @@ SMALL = (
     "objective=dino", "objective.num_prototypes=16", "objective.head_hidden=32", "objective.head_bottleneck=16",
     "objective.momentum=0.9", "views.local.n=1", "views.local.size=8", "optim.lr=1e-3", "optim.warmup=2",
     "knn.every_n_steps=0", "checkpoint.every_n_steps=1", "checkpoint.keep_last=2",
+    "trainer.hang_minutes=1",  # where one of two is killed before they meet
 )  # fmt: skip
 
 

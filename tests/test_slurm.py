@@ -167,7 +167,9 @@ def interrupted(cluster, whole):
     training.reach(EPOCH + 6)
     # Slurm warns this job when less than 60 s (and up to a minute more) of the limit are left, which is now.
     cluster.run("scontrol", "update", f"JobId={training.number}", "TimeLimit=2")
-    until(lambda: training.has_pending(signal.SIGUSR1), "SIGUSR1", training.log)
+    # It may let them go on by itself, with SIGCONT.
+    warned = lambda: training.has_pending(signal.SIGUSR1) or "SIGUSR1: saving" in training.log()  # noqa: E731
+    until(warned, "SIGUSR1", training.log)
     training.signal(signal.SIGCONT)
     training.requeued(2)
     training.stops.append(training.saved())
