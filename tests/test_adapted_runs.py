@@ -161,11 +161,13 @@ def test_what_a_run_has_learnt_in_adapters_is_never_left_behind_in_silence(run, 
         assert not torch.equal(merged["blocks.0.attn.qkv.weight"],
                                tensors["student.backbone.timm.blocks.0.attn.qkv.weight"])  # fmt: skip
         return
-    go_on = rf"use init_from={folder} adapt=uniadapter adapt\.rank=64 .*is for .*load_adapted and for probes"
+    go_on = rf"both by init_from={folder} adapt=uniadapter adapt\.rank=64 .*is for .*load_adapted and for probes"
     with pytest.raises(WeightsError, match=rf"an adapter beside it \(adapter\.json\).*{go_on}"):
         open_weights(f"{folder}/export")
+    with pytest.raises(WeightsError, match=rf"by init_from=student:{folder} adapt=uniadapter"):
+        open_weights(f"student:{folder}/export")
     shutil.copytree(folder / "export", tmp_path / "elsewhere")
-    with pytest.raises(WeightsError, match=r"use init_from=<its run folder> adapt=uniadapter adapt\.rank=64 "):
+    with pytest.raises(WeightsError, match=r"by init_from=<its run folder> adapt=uniadapter adapt\.rank=64 "):
         open_weights(str(tmp_path / "elsewhere"))
     open_weights(str(folder))  # which is what the sentence says
 
@@ -210,7 +212,7 @@ def command(line):
 
 def test_targets_of_lora_may_stand_in_any_order(two_targets, capsys):
     weights, words = open_weights(str(two_targets)), (*TARGETS, "image_size=32")
-    for targets in ("[q,v]", "[v,q]"):
+    for targets in ("[q,v]", "[v,q]", "null"):  # null: these two on a ViT
         _, objective = objective_of(*words, f"adapt.targets={targets}")
         report = initialise(objective, weights)
         assert report.matched["adapters"] == 8 and "backbone.adapters.*" not in report.fresh

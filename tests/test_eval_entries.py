@@ -52,6 +52,7 @@ def test_a_mistake_is_one_sentence_with_the_nearest_word(word, says):
 def test_an_inline_entry_takes_no_device_and_no_masks():
     assert "device is for how=process" in sentence("eval.knn.how=inline", "eval.knn.device=cpu")
     assert "use how=process" in sentence("eval.knn.how=inline", "eval.knn.probe.masks=largest")
+    assert "trains a model of its own" in sentence("eval.finetune.how=inline")
 
 
 def test_the_words_of_the_probe_command_give_the_same_probe():

@@ -366,6 +366,8 @@ def _check_eval(entry: DictConfig) -> None:
             )
         if entry.probe.get("masks", "none") != "none":
             raise ConfigError("probe.masks needs a checkpoint to look through: use how=process")
+        if entry.probe.name == "finetune":
+            raise ConfigError("finetune trains a model of its own, how=inline is for frozen ones: use how=process")
     if entry.sbatch and entry.how != "slurm":
         raise ConfigError(f"sbatch is for how=slurm, and this is how={entry.how}: leave it out")
 

@@ -59,7 +59,8 @@ class Adapters(nn.Module):
 
     def __init__(self, settings: Mapping[str, Any], taps: Iterable[Taps]):
         super().__init__()
-        self.settings = dict(settings)
+        self.settings, taps = dict(settings), list(taps)
+        self.usual = in_order(target for tap in taps for target in tap.lora)  # what adapt.targets=null stands for
         self.blocks = nn.ModuleList(nn.ModuleDict(beside(self.settings, tap)) for tap in taps)
 
     @property
@@ -108,17 +109,19 @@ def typed(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{_key(k)}={_word(v)}" for k, v in _comparable(settings).items())
 
 
-def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    """Which keys of two settings differ, with both values; "" where they mean the same."""
-    theirs, mine = _comparable(theirs), _comparable(mine)
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], usual: Sequence[str] = ()) -> str:
+    """Which keys of two settings differ, with both values; "" where they mean the same. usual: targets of this family
+    where none are named."""
+    theirs, mine = _comparable(theirs, usual), _comparable(mine, usual)
     keys = ["name"] if theirs["name"] != mine["name"] else [k for k in theirs if theirs[k] != mine[k]]
     return ", ".join(f"{_key(k)} is {_word(theirs[k])} there and {_word(mine[k])} here" for k in keys)
 
 
-def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With lists as lists, whatever a config made of them, and targets in one order."""
+def _comparable(settings: Mapping[str, Any], usual: Sequence[str] = ()) -> dict[str, Any]:
+    """With lists as lists, whatever a config made of them, and targets in one order, also where none are named."""
     found = {k: v if isinstance(v, str) or not isinstance(v, Sequence) else list(v) for k, v in settings.items()}
-    return found | ({"targets": in_order(found["targets"])} if found.get("targets") else {})
+    targets = "targets" in found and (found["targets"] or usual)
+    return found | ({"targets": in_order(targets)} if targets else {})
 
 
 def in_order(targets: Iterable[str]) -> list[str]:

@@ -64,8 +64,9 @@ def _parts(net: nn.Module) -> tuple[Backbone, dict[str, nn.Module]]:
 def fit_network(net: Network, backbone: Backbone, weights: Weights) -> Fitted:
     """A network's backbone for ours; WeightsError also where the heads are known to be others, as shapes do not say,
     and where adapters of the file would be left behind."""
-    mine = {"name": "none"} if backbone.adapters is None else backbone.adapters.settings
-    if weights.adapt and (differ := differences(weights.adapt, mine)):
+    own = backbone.adapters
+    mine, usual = ({"name": "none"}, ()) if own is None else (own.settings, own.usual)
+    if weights.adapt and (differ := differences(weights.adapt, mine, usual)):
         raise WeightsError(_adapted(weights, differ))
     fitted = fit_backbone(net.backbone, backbone, source=weights.what)
     if weights.num_heads and backbone.num_heads not in (None, weights.num_heads):
@@ -86,7 +87,7 @@ def _adapted(weights: Weights, differ: str) -> str:
         return f"{words}; it cannot be merged: {go_on}, or begin with the weights that were adapted"
     _, which, where = parse(weights.source)
     if (ready := current_export(Path(where).expanduser(), which)) is not None:
-        return f"{words}; its export has both merged: init_from={ready}, or {go_on}"
+        return f"{words}; its export has both merged: init_from={shlex.quote(str(ready))}, or {go_on}"
     given = f" which={which}" if which else ""
     return (
         f"{words}; merge both by selfsight export checkpoint={shlex.quote(where)} out=<new folder>{given} and use "

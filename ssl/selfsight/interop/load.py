@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,7 +215,7 @@ def _from_folder(source: str, folder: Path) -> Weights:
         raise WeightsError(f"{folder} is neither a run folder (config.yaml) nor a folder that timm opens (config.json "
                            "and model.safetensors)")  # fmt: skip
     if (folder / "adapter.json").is_file():
-        raise WeightsError(_frozen(folder))
+        raise WeightsError(_frozen(folder, parse(source)[1]))
     about = json.loads((folder / "config.json").read_text())
     own = about.get("pretrained_cfg") or {}
     found = networks(read_tensors(file))
@@ -224,7 +225,7 @@ def _from_folder(source: str, folder: Path) -> Weights:
                    tuple(own.get("std", IMAGENET[1])), heads, sha256(file))  # fmt: skip
 
 
-def _frozen(folder: Path) -> str:
+def _frozen(folder: Path, which: str | None) -> str:
     """Why an export folder with an adapter file is no start, and what is."""
     from ..backbones.adapters import settings_of, typed
     from .export import is_run
@@ -233,11 +234,12 @@ def _frozen(folder: Path) -> str:
         same = typed(settings_of(json.loads((folder / "adapter.json").read_text())["adapt"]))
     except (ValueError, KeyError, TypeError):
         same = "the adapt= that it was trained with"
-    run = folder.parent if is_run(folder.parent) else "<its run folder>"
+    run = shlex.quote(str(folder.parent)) if is_run(folder.parent) else "<its run folder>"
+    given = f"{which}:" if which else ""
     return (
         f"folder {folder} is a frozen model with an adapter beside it (adapter.json), which cannot be merged into "
-        f"weights: use init_from={run} {same} to go on with both, or begin with the weights that were adapted; the "
-        "folder itself is for selfsight.interop.adapted.load_adapted and for probes"
+        f"weights: a training goes on with both by init_from={given}{run} {same}, or begin with the weights that were "
+        "adapted; the folder itself is for selfsight.interop.adapted.load_adapted and for probes"
     )
 
 

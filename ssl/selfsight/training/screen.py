@@ -160,13 +160,14 @@ def closing_table(summary: dict, run_dir: Path) -> str:
     table = "\n".join(f"  {name:<{width}}  {value:>12}" for name, value in rows)
     script = "python {}.py" if Path("train.py").exists() else "selfsight {}"
     folder = shlex.quote(str(run_dir))
-    opens = f"timm; timm.create_model('local-dir:{run_dir}/export', pretrained=True)"
+    opens, kind = f"timm; timm.create_model('local-dir:{run_dir}/export', pretrained=True)", "opens with timm"
     if (run_dir / "export" / "adapter.json").exists():  # timm alone would open the frozen model
         opens = f"selfsight.interop.adapted as a; a.load_adapted('{run_dir}/export')"
+        kind = "a frozen timm model and its adapters"
     probe = f"  {script.format('probe')} checkpoint={folder} probe=linear\n"
     probe = probe if summary.get("knn") is not None else ""  # a linear probe needs labels
     return (
-        f"{table}\n\n  everything is in {run_dir}: report.html, export/ (opens with timm), pictures/, metrics.csv\n\n"
+        f"{table}\n\n  everything is in {run_dir}: report.html, export/ ({kind}), pictures/, metrics.csv\n\n"
         f"next:\n{probe}"
         f"  {script.format('export')} checkpoint={folder} out=my_backbone\n"
         f'  python -c "import {opens}"'
