@@ -104,7 +104,8 @@ def test_every_adapter_composes_with_its_options(kind):
     assert "adapt.rank=some: expected full or" in sentence("adapt=apla", "adapt.rank=some")
     assert "adapt.targets=x: expected one or several of q, k, v" in sentence("adapt=lora", "adapt.targets=x")
     probe = ("checkpoint=-", "probe=finetune", "adapt.rank=4")
-    assert "adapt.rank needs its group: add adapt=adaptformer or adapt=" in sentence(*probe, command="probe")
+    said = sentence(*probe, command="probe")
+    assert "adapt.rank needs its group: add adapt=adaptformer or adapt=apla or adapt=lora or adapt=uniadapter" in said
 
 
 def test_adapters_change_the_run_and_none_of_them_keeps_its_folder(tmp_path):

@@ -224,9 +224,12 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
 
 def _unknown(cfg: DictConfig, key: str, wrong: str, known: tuple[str, ...]) -> ConfigError:
     """The sentence for a key that does not exist: the nearest key, and what is valid beside it."""
-    group = key.partition(".")[0]
-    if group in ("data", "adapt") and "." in key and group in cfg and cfg[group] is None:
-        return ConfigError(f"{key} needs its group: add {group}={f' or {group}='.join(options(group))}")
+    group, _, inner = key.partition(".")
+    if group in ("data", "adapt") and inner and group in cfg and cfg[group] is None:
+        with_it = [
+            o for o in options(group) if inner in {field.name for field in dataclasses.fields(SCHEMAS[group][o])}
+        ]
+        return ConfigError(f"{key} needs its group: add {group}={f' or {group}='.join(with_it or options(group))}")
     if key in (f"launcher.{field.name}" for field in dataclasses.fields(SCHEMAS["launcher"]["slurm"])):
         return ConfigError(f"{key} is for jobs: add launcher=slurm, or leave it out")
     keys = list(dict.fromkeys(_keys(cfg) + list(known)))
