@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if head:
             return None
         body = data[start:]
+        if fault == "slow":
+            time.sleep(1)
         if fault in ("cut", "stall"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
@@ -330,6 +333,15 @@ def test_a_cache_that_is_too_small_for_the_order_is_refused_with_what_would_do(s
         Samples(small, Order(0, small.lengths), views, 0)
     Samples(source, Order(0, source.lengths), views, 0)
     assert len(module.shards_at_once(Order(0, [EACH] * 50, EACH, 4), [EACH] * 50)) == 4
+
+
+def test_who_comes_while_a_shard_is_fetched_waits_for_it(server, tmp_path):
+    """Two caches in two threads are to the lock what two processes are."""
+    url, slow = f"{server.url}/train-000000.tar", settings(tmp_path, timeout=10)
+    about, server.faults = ask(url, slow), ["slow"] * 3
+    with ThreadPoolExecutor(3) as pool:
+        files = list(pool.map(lambda _: Cache(slow).open(url, about), range(3)))
+    assert all(files) and len([name for name in server.log if name.endswith(".tar")]) == 1
 
 
 def _read_all(url, folder, out):
