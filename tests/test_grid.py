@@ -44,8 +44,12 @@ CASES = {
 }
 
 
+# The longest four are only measured by benchmarks/contracts.py, which stops and continues all cells.
+LONGEST = ("dino-shvit", "ibot-shvit", "selfpatch-shvit", "odis-shvit")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LONGEST])
 def test_stop_continue_and_export(name, tmp_path, monkeypatch):
     words = (*CASES[name], "max_steps=6", "knn.every_n_steps=3", "optim.clip=1.0", "trainer.max_batch_per_device=4")
     whole = runs.run_here(tmp_path / "whole", *words)

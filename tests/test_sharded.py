@@ -69,8 +69,8 @@ def test_shards_end_where_whole_processes_do(both):
 def test_a_sharded_run_is_judged_and_exported(both):
     for row, other in zip(*(read_metrics(both / name / "metrics.csv") for name in ("ddp", "fsdp"))):
         for key in ("step", "loss", "knn", "rankme"):
-            assert (row[key] == "") == (other[key] == "")
-            if row[key]:
+            assert bool(row.get(key)) == bool(other.get(key))  # at step 0 nothing has been trained
+            if row.get(key):
                 assert float(row[key]) == pytest.approx(float(other[key]), rel=1e-3, abs=1e-3), key
     assert (both / "fsdp" / "export" / "model.safetensors").exists()
 
