@@ -69,6 +69,7 @@ class Watchdog:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self._note(0.0)  # also in place of what an earlier session left
         while not self.stopping.wait(max(0.2, self.limit / 8)):
             seconds = time.monotonic() - self.since
             self._note(seconds)
@@ -102,7 +103,7 @@ class Watchdog:
                 note = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
-            if rank != self.rank and note["time"] >= self.began:
+            if rank != self.rank and note["time"] >= self.began - self.limit:  # others may have begun before
                 found[rank] = note | {"age": time.time() - note["time"]}
         return found
 
