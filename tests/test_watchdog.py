@@ -164,9 +164,8 @@ def test_of_two_processes_the_one_that_stands_still_is_named(tmp_path):
     said = pair.job.text()
     pid = pair.job.processes[1].pid
     assert "hang: rank 1 has not been heard of for" in said and f"(process {pid} on " in said, said
-    assert re.search(r", (starting|computing|waiting for data|evaluating|saving) for step \d+\)", said), (
-        said
-    )  # as it last noted
+    last = "starting|computing|waiting for data|evaluating|saving"
+    assert re.search(rf", ({last}) for step \d+\)", said), said
     assert "hang: rank 0" not in said
     assert (pair.run / "hang-rank-0.txt").is_file()
     count("hangs of one of two processes")
