@@ -19,6 +19,9 @@ import webdataset as wds
 from PIL import Image
 
 from selfsight import config
+from selfsight.backbones import build_backbone
+from selfsight.backbones.tokens import Needs
+from selfsight.interop.export import export_backbone
 from selfsight.training import checkpoint
 from selfsight.training.run import train
 
@@ -118,3 +121,11 @@ def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
     assert a.keys() == b.keys()
     different = [k for k in a if not torch.equal(a[k], b[k])]
     assert not different, f"{len(different)} of {len(a)} tensors differ, e.g. {different[:3]}"
+
+
+def exported_vit(folder: Path, depth: int) -> Path:
+    """The export folder of a fresh tiny ViT for images of 16 px, in patches of 4."""
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_nano", Needs(), image_sizes=(16,), depth=depth, patch_size=4)
+    card = {"objective": "mae", "backbone": "vit_nano", "which": "student", "steps": 7}
+    return export_backbone(backbone, folder, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=16, card=card)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -220,8 +221,13 @@ def edit(path, **changes):
 
 def test_a_bank_that_would_not_fit_says_what_would(vit, tmp_path):
     with pytest.raises(ProbeError, match=r"takes 0\.2 MB, and bank\.max_gb=0\.0001 allows 0\.1 MB: bank\.dtype=float16 "
-                                         r"would take 0\.1 MB, \d+ images would fit \(probe\.bank"):  # fmt: skip
+                                         r"would take .*B, \d+ images would fit \(probe\.bank") as caught:  # fmt: skip
         bank(vit, tmp_path, max_gb=1e-4)
+    fits = int(re.search(r"(\d+) images would fit", str(caught.value))[1])
+    with pytest.raises(ProbeError, match="images would fit"):
+        bank(vit, tmp_path, n=fits + 1, max_gb=1e-4)
+    assert not complete(tmp_path) and not list(tmp_path.glob("*/.part*/patches.npy"))
+    assert len(bank(vit, tmp_path / "fewer", n=fits, max_gb=1e-4)) == fits
     assert not complete(tmp_path) and not list(tmp_path.glob("*/.part*/patches.npy"))
 
 

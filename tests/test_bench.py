@@ -1,8 +1,5 @@
 """`selfsight bench`: the three rates, what binds, what would help; nothing is written."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -150,13 +147,6 @@ def test_small_micro_batches_on_a_roomy_gpu_are_to_grow():
 def test_full_precision_without_compilation_on_a_gpu_is_pointed_out():
     advice = bench.advise(numbers(), setting(device=torch.device("cuda")), shorter_side=256, image_size=224)
     assert [a.split(" ")[0] for a in advice] == ["trainer.precision=bf16-mixed", "trainer.compile=true"]
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The folder of benchmark scripts, importable."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 
 def test_textbook_mae_step_has_our_loss_and_gradients(benchmarks):

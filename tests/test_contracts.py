@@ -1,6 +1,5 @@
 """Every objective on every family keeps what docs/contracts.md says: `promises.py` holds what is measured."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -61,12 +60,11 @@ def test_processes_that_see_different_checkpoints_are_told(sample):
     assert "on a disk that all of them share" in different
 
 
-def test_the_page_shows_what_was_measured():
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks/contracts.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_the_page_shows_what_was_measured(benchmarks):
+    import contracts
+
     measured = json.loads((ROOT / "benchmarks/results/contracts.json").read_text())
     assert list(measured["cells"]) == list(promises.CELLS), "run benchmarks/contracts.py again"
     assert list(measured["variants"]) == list(promises.VARIANTS), "run benchmarks/contracts.py again"
     assert not [name for cells in (measured["cells"], measured["variants"]) for name in cells if broken(cells[name])]
-    assert module.shown((ROOT / "docs/contracts.md").read_text()) == module.table(measured)
+    assert contracts.shown((ROOT / "docs/contracts.md").read_text()) == contracts.table(measured)

@@ -9,10 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+import runs
 from selfsight import config
-from selfsight.backbones import build_backbone
-from selfsight.backbones.tokens import Needs
-from selfsight.interop.export import export_backbone
 from selfsight.probes import ProbeError
 from selfsight.probes.linear import Recipe, _fit, held_out, linear
 from selfsight.probes.run import load_backbone, probe
@@ -116,11 +114,7 @@ def squares(folder, split, count, classes=("blue", "green", "red")):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    torch.manual_seed(0)
-    backbone = build_backbone("vit_nano", Needs(), image_sizes=(16,), depth=1, patch_size=4)
-    card = {"objective": "mae", "backbone": "vit_nano", "which": "student", "steps": 7}
-    folder = tmp_path_factory.mktemp("probe") / "export"
-    return export_backbone(backbone, folder, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=16, card=card)
+    return runs.exported_vit(tmp_path_factory.mktemp("probed") / "export", depth=1)
 
 
 def settings(checkpoint, out, root, root_val=None, name="knn"):
@@ -170,12 +164,18 @@ def test_a_vit_can_be_probed_at_another_size(exported):
 
 
 @pytest.mark.parametrize(("tried", "says"), [
-    ({0.1: 50.0, 0.3: 60.0}, r"the highest learning rate, 0\.3, was the best: .*probe\.lrs=\[0\.3,0\.95,3\]"),
-    ({0.1: 50.0, 0.3: 40.0, 1.0: 30.0}, r"the lowest learning rate, 0\.1, was .*probe\.lrs=\[0\.01,0\.032,0\.1\]"),
+    ({0.125: 50.0, 0.375: 60.0}, r"^the highest learning rate, 0\.375, was the best, .*: add 1\.2 and 3\.8$"),
+    ({0.1: 50.0, 0.3: 40.0, 1.0: 30.0}, r"^the lowest learning rate, 0\.1, was the best, .*: add 0\.01 and 0\.032$"),
     ({0.1: 50.0, 0.3: 60.0, 1.0: 30.0}, "^$"),
     ({0.1: 50.0, 0.3: 50.0}, "^$"),  # as good as the one beside it
+    ({0.1: 60.0, 0.3: 50.0, 1.0: 60.0}, "^$"),  # as good at the other end
+    ({0.1: 90.0, 0.3: 100.0}, "^$"),  # nothing is better
+    ({0.1: 50.0, 0.3: None}, "^$"),  # diverged
     ({0.1: 50.0}, "^$"),
 ])  # fmt: skip
 def test_a_best_learning_rate_at_the_end_of_the_grid_is_said(tried, says):
-    grid = [{"lr": lr, "weight_decay": wd, "top1": top1 - wd} for lr, top1 in tried.items() for wd in (0, 5)]
+    grid = [
+        {"lr": lr, "weight_decay": wd, "top1": None if top1 is None else top1 - wd}
+        for lr, top1 in tried.items() for wd in (0, 5)
+    ]  # fmt: skip
     assert re.search(says, at_the_end(grid, "top1"))

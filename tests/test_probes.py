@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import runs
 from selfsight import config
-from selfsight.backbones import build_backbone
-from selfsight.backbones.tokens import Needs
-from selfsight.interop.export import export_backbone
 from selfsight.probes import ProbeError, logistic
 from selfsight.probes.knn import knn
 from selfsight.probes.linear import INPUTS, Recipe, _fit, inputs_of
@@ -25,11 +23,7 @@ from selfsight.schema import ConfigError
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    torch.manual_seed(0)
-    backbone = build_backbone("vit_nano", Needs(), image_sizes=(16,), depth=4, patch_size=4)
-    card = {"objective": "mae", "backbone": "vit_nano", "which": "student", "steps": 7}
-    folder = tmp_path_factory.mktemp("probed") / "export"
-    return export_backbone(backbone, folder, mean=(0.5,) * 3, std=(0.25,) * 3, image_size=16, card=card)
+    return runs.exported_vit(tmp_path_factory.mktemp("probed") / "export", depth=4)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +304,9 @@ def test_labels_outside_the_head_are_refused(run, data, tmp_path):
     with pytest.raises(ProbeError, match=r"2 of 20 test labels are outside the head of 3 classes \(0 to 2, .*e\.g\. 5"):
         run("knn", train, val, "probe.k=3")
     wild = listing(tmp_path, "wild.txt", [(p, 10**6 * (i % 3)) for i, p in enumerate(images[:60])])
-    with pytest.raises(ProbeError, match=r"labels go up to 2,000,000 with 60 training samples, e\.g\. in \S+; number"):
+    with pytest.raises(
+        ProbeError, match=r"labels go up to 2,000,000 with 60 training samples, e\.g\. 2,000,000 of \S+; number"
+    ):
         run("knn", wild, val, "probe.k=3")
     assert not (tmp_path / "out").exists()
 
@@ -544,6 +540,33 @@ def test_a_disk_with_room_for_one_split_only_is_refused_before_the_first(run, da
 
     usage = store.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: usage._replace(total=0, free=70_000))
-    with pytest.raises(ProbeError, match=r"a bank of 150 images takes 0\.1 MB, and .* has room for 0\.1 MB"):
+    with pytest.raises(ProbeError, match=r"a bank of 150 images takes 82\.8 kB, and .* has room for 70\.0 kB"):
         run("knn", data["train"], data["val"])  # 61 kB and 15 kB
     assert not (tmp_path / "banks").exists()
+
+
+# --- a grid of learning rates that may be too narrow -----------------------------------------------------------------
+
+SHORT = ("probe.epochs=1", "probe.seeds=1", "probe.lrs=[0.001,0.002]")
+
+
+@pytest.mark.parametrize(("name", "words", "rows"), [
+    ("linear", ("probe.weight_decays=[0,0.1]", "probe.inputs=[pooled]"), 4),
+    ("attentive", ("probe.queries=[2]", "probe.warmup_epochs=0"), 2),
+    ("rotation", (), 2),
+    ("finetune", (), 2),
+])  # fmt: skip
+def test_every_probe_that_chooses_a_rate_looks_at_the_ends_of_its_grid(run, data, monkeypatch, name, words, rows):
+    def at_the_end(grid, score):
+        assert {row["lr"] for row in grid} == {0.001, 0.002} and all(score in row for row in grid)
+        return f"{len(grid)} rows"
+
+    monkeypatch.setattr("selfsight.probes.task.at_the_end", at_the_end)
+    result = run(name, data["train"], data["val"], *SHORT, *words)
+    assert [w for w in result["warnings"] if "rows" in w] == [f"probe={name}: {rows} rows"]
+
+
+def test_the_rates_of_a_protocol_are_as_published(run, data, monkeypatch):
+    monkeypatch.setattr("selfsight.probes.task.at_the_end", lambda grid, score: "rows")
+    result = run("linear", data["train"], data["val"], "probe.protocol=mae_linear", "probe.seeds=1")
+    assert "probe=linear: rows" not in result["warnings"]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import runs
 from selfsight import config
@@ -44,27 +43,17 @@ def test_with_adapters_too(adapt):
     runs.assert_identical(*(passed("vit_nano", Replace, again, adapt) for again in (False, True)))
 
 
-def peak(call):
-    """Bytes that are in use at once during a call, above those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    used = most = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            used += event.nbytes()
-            most = max(most, used)
-    return most
-
-
 @pytest.mark.parametrize("name", FAMILIES)
-def test_memory_is_less(name):
+def test_memory_is_less(benchmarks, name):
+    from checkpointing import peak_bytes
+
     size, found = FAMILIES[name], []
     for again in (False, True):
         backbone = build_backbone(name, Needs(), image_sizes=(size,)).train()
         if again:
             backbone.wrap_walkers(recomputed)
         images = torch.randn(64 if size == 32 else 16, 3, size, size)  # so that weights hardly count
-        found.append(peak(lambda b=backbone, x=images: b(x).pooled.sum().backward()))
+        found.append(peak_bytes(lambda b=backbone, x=images: b(x).pooled.sum().backward()))
     most = 0.9 if name == "shvit_nano_lite" else 0.7  # half of its memory is the stem, which is no block
     assert found[1] < most * found[0], found
 

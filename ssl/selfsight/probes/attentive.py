@@ -26,7 +26,7 @@ from .optimizers import LR_BATCH, build_optimizer
 from .progress import Progress
 from .protocols import PROTOCOLS
 from .readout import Want
-from .select import at_the_end, held_out, spread
+from .select import counted, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -414,7 +414,7 @@ def run(task: Task) -> Outcome:
         device=task.device, order_seed=task.cfg.seed, **options,
     )  # fmt: skip
     numbers = _numbers(found.best) | {"layers": [_numbers(c) for c in found.layers.values()], "grid": found.grid}
-    task.warn(at_the_end([row for row in found.grid if row["layer"] == found.best.layer], "select_top1"))
+    task.warn_of_end([row for row in found.grid if row["layer"] == found.best.layer], "select_top1")
     parameters = sum(v.numel() for v in found.best.heads[0].parameters() if v.requires_grad)
     return Outcome(numbers, _words(task, wanted, len(found.grid)), parameters)
 
@@ -483,9 +483,9 @@ def _words(task: Task, wanted: Mapping[str, Want], heads: int) -> str:
         pooling += " over class token and patch tokens"
     return (
         f"{protocol}Pooling {pooling}, batch norm without affine and one linear layer on frozen tokens of "
-        f"{', '.join(wanted)} ({norm}) of un-augmented images: {heads} heads (layer x queries x learning "
-        f"rate x weight decay x seed) trained side by side with {p.optimizer}, {p.epochs} epochs, {p.warmup_epochs:g} "
-        f"of warm-up, cosine to zero, batch {p.batch_size:,} at most; layer and setting were chosen on a held-out "
-        "tenth of the training images by the mean over seeds, and scored once on the test split. A seed decides how a "
-        "head starts; all see the same batches."
+        f"{', '.join(wanted)} ({norm}) of un-augmented images: {counted(heads, 'head')} (layer x queries x learning "
+        f"rate x weight decay x seed) trained side by side with {p.optimizer}, {counted(p.epochs, 'epoch')}, "
+        f"{p.warmup_epochs:g} of warm-up, cosine to zero, batch {p.batch_size:,} at most; layer and setting were "
+        "chosen on a held-out tenth of the training images by the mean over seeds, and scored once on the test split. "
+        "A seed decides how a head starts; all see the same batches."
     )

@@ -81,6 +81,7 @@ def run(task: Task) -> Outcome:
         "pool": used_pool(model), "drop_path": used_drop_path(model), "saved": str(saved) if saved else None,
     }  # fmt: skip
     parameters = sum(t.numel() for t in model.parameters() if t.requires_grad)
+    task.warn_of_end(choice.grid, "select_top1")
     words = _words(task, choice, numbers, size)
     return Outcome(numbers, words, parameters, lambda: shutil.rmtree(folder, ignore_errors=True))
 
@@ -249,10 +250,11 @@ def _words(task: Task, choice: Choice, numbers: dict[str, Any], size: str) -> st
                   "chosen on a held-out tenth of the training images, then trained on all of them")  # fmt: skip
     return (
         f"{after}Fine-tuning of {_trained(task)} and a fresh linear head (deviation {HEAD_STD:g}) on {pool}: AdamW, "
-        f"{chosen}, weight decay {p.weight_decay:g} (none for 1-D tensors, tokens, positions), {p.epochs} epochs, "
-        f"batch {numbers['batch']:,}, {p.warmup_epochs:g} epochs of warm-up, cosine per step to {p.min_lr:g}, drop "
-        f"path {numbers['drop_path']:g}; {_augmented(p)}{_also(p)}; the last epoch is scored on the test split; mean "
-        f"over {counted(len(task.seeds), 'seed')} (start of the head, order, augmentation)."
+        f"{chosen}, weight decay {p.weight_decay:g} (none for 1-D tensors, tokens, positions), "
+        f"{counted(p.epochs, 'epoch')}, batch {numbers['batch']:,}, {p.warmup_epochs:g} epochs of warm-up, cosine per "
+        f"step to {p.min_lr:g}, drop path {numbers['drop_path']:g}; {_augmented(p)}{_also(p)}; the last epoch is "
+        f"scored on the test split; mean over {counted(len(task.seeds), 'seed')} (start of the head, order, "
+        "augmentation)."
     )
 
 

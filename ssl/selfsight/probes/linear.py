@@ -22,7 +22,7 @@ from . import ProbeError
 from .optimizers import LR_BATCH, build_optimizer
 from .progress import Progress
 from .readout import Want
-from .select import at_the_end, counted, held_out, spread
+from .select import counted, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -262,7 +262,7 @@ def run(task: Task) -> Outcome:
         "select_top1": scored.select_top1, "input": name, "lr": scored.lr, "weight_decay": scored.weight_decay,
         "grid": grid,
     }  # fmt: skip
-    task.warn(at_the_end([row for row in grid if row["input"] == name], "select_top1"))
+    task.warn_of_end([row for row in grid if row["input"] == name], "select_top1")
     return Outcome(numbers, _words(how, names, task), fitted.weight[0, 0].numel() + fitted.bias[0, 0].numel())
 
 
@@ -278,7 +278,7 @@ def _words(how: Recipe, names: list[str], task: Task) -> str:
     momentum = {"sgd": "SGD, momentum 0.9", "lars": "LARS (trust 0.001), momentum 0.9"}
     optimizer = momentum.get(how.optimizer, "AdamW")
     warmup = f", {how.warmup_epochs:g} epochs of warm-up" if how.warmup_epochs else ""
-    length = f"{how.steps:,} steps" if how.steps else f"{how.epochs} epochs"
+    length = f"{how.steps:,} steps" if how.steps else counted(how.epochs, "epoch")
     inputs = " and ".join(names) if len(names) < 3 else f"{len(names)} inputs ({', '.join(names)})"
     count, seeds = counted(len(names) * len(how.heads), "head"), counted(len(task.seeds), "seed")
     where = task.where(inputs_of(names[-1], task.settings.layer, task.settings.norm)[-1])

@@ -6,7 +6,7 @@ the test split stays, mean and spread are reported. Hyper-parameters see the dra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +66,8 @@ def run(task: Task) -> Outcome:
     bank, queries = train.read(want).to(task.device), test.read(want).to(task.device)
     labels, truth = train.labels.to(task.device), test.labels.to(task.device)
     rows: list[dict[str, Any]] = []
-    for word, shots, percent in list(_sizes(p, train)):  # all are checked before one is computed
+    listed = dict(zip(task.splits.train[1].tolist(), task.labels()[0].tolist()))
+    for word, shots, percent in list(_sizes(p, train, listed)):  # all are checked before one is computed
         draws = [draw(train.ids, train.labels.numpy(), seed, shots, percent) for seed in task.seeds]
         for kind in p.classifiers:
             found, said = [], Progress(f"lowshot {word}, {kind}", len(draws), "draws")
@@ -93,12 +94,14 @@ def run(task: Task) -> Outcome:
     return Outcome(numbers, words, trained)
 
 
-def _sizes(settings: Any, train: Bank) -> Iterator[tuple[str, int | None, float | None]]:
-    """(words, shots, percent) of every subset; ProbeError where unreadable samples leave a class too few images."""
+def _sizes(settings: Any, train: Bank, listed: Mapping[int, int]) -> Iterator[tuple[str, int | None, float | None]]:
+    """(words, shots, percent) of every subset; ProbeError where unreadable samples leave a class too few images.
+    listed: label of every sample by its id, unreadable ones too."""
     counts = np.bincount(train.labels.numpy())
     scarce = int(counts[counts > 0].min())
     if max(settings.shots or [0]) > scarce:
-        raise _too_few(settings.shots, int(np.argmax(counts == scarce)), scarce, [why for _, why in train.bad])
+        label = int(np.argmax(counts == scarce))
+        raise _too_few(settings.shots, label, scarce, [why for id, why in train.bad if listed.get(id) == label])
     for shots in settings.shots or ():
         yield f"{shots} per class", shots, None
     for percent in settings.percent or ():

@@ -99,11 +99,12 @@ def _ahead(source: Source, ids: np.ndarray, cut: Cut, how: How) -> Iterator[tupl
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def usable(source: Source, id: int) -> str | None:
-    """File and key of a sample that can be decoded; None for one that will be left out."""
+def place_of(source: Source, id: int, decoded: bool = True) -> str | None:
+    """File and key of a sample that can be read and, unless `decoded` is false, decoded; None for another."""
     try:
         raw = source.read(id)
-        decode(raw.image, raw.where)
+        if decoded:
+            decode(raw.image, raw.where)
         return raw.where
     except SampleError:
         return None

@@ -46,10 +46,12 @@ def run(task: Task) -> Outcome:
     }  # fmt: skip
     words = (
         "Rotation (label-free proxy, 25 % is chance): one linear layer on frozen pooled features, standardised per "
-        f"dimension, tells by how much each image was turned (0, 90, 180, 270 degrees); SGD, momentum 0.9, {p.epochs} "
-        f"epochs, {counted(len(p.lrs), 'learning rate')}, chosen on a held-out tenth of the training images; mean over "
-        f"{counted(len(task.seeds), 'seed')} (start and order). Compare runs of one architecture on one data set only."
+        "dimension, tells by how much each image was turned (0, 90, 180, 270 degrees); SGD, momentum 0.9, "
+        f"{counted(p.epochs, 'epoch')}, {counted(len(p.lrs), 'learning rate')}, chosen on a held-out tenth of the "
+        f"training images; mean over {counted(len(task.seeds), 'seed')} (start and order). Compare runs of one "
+        "architecture on one data set only."
     )
+    task.warn_of_end(found.grid, "select_top1")
     return Outcome(numbers, words, fitted.weight[0, 0].numel() + ROTATIONS)
 
 

@@ -30,6 +30,7 @@ from . import ProbeError
 from .knn import standard_error
 from .load import Loaded, choose_data, choose_device, choose_workers, load_backbone
 from .masks import THRESHOLD, WHICH
+from .select import counted
 from .store import Bank, remove
 from .task import Outcome, Task
 
@@ -98,8 +99,8 @@ def _result(task: Task, outcome: Outcome, seconds: float) -> dict[str, Any]:
         "protocol": f"{outcome.protocol}{looked} {_seen(task)}",
         "seeds": list(task.seeds),
         "parameters": outcome.parameters,
-        "n_bank": len(np.unique(train.ids)),
-        "n_query": len(np.unique(test.ids)),
+        "n_bank": _used(train),
+        "n_query": _used(test),
         **objects,
         "warnings": task.warnings,
         "bad_samples": [why for _, why in train.bad + test.bad],
@@ -130,6 +131,11 @@ def _objects(masks: str, bank: Bank, queries: Bank) -> tuple[dict[str, Any], str
              f"covers by {THRESHOLD:.0%} or more; {left['bank']:,} of {len(bank.ids):,} bank and {left['query']:,} of "
              f"{len(queries.ids):,} query images show no object and are looked at whole.")  # fmt: skip
     return {"masked": seen, "without_object": left}, words
+
+
+def _used(bank: Bank) -> int:
+    """Samples of a split; one that fine-tuning could not decode is in its bank and among the bad ones."""
+    return len(np.setdiff1d(bank.ids, [id for id, _ in bank.bad]))
 
 
 def _seen(task: Task) -> str:
@@ -175,7 +181,8 @@ def _write(cfg: Any, result: dict[str, Any]) -> Path:
 
 
 def _sentence(result: dict[str, Any], path: Path) -> str:
-    bad = f", {len(result['bad_samples'])} unreadable samples left out" if result["bad_samples"] else ""
+    left = len(result["bad_samples"])
+    bad = f", {counted(left, 'unreadable sample')} left out" if left else ""
     if "masked" in result:
         bad += f", {sum(result['without_object'].values()):,} images without an object"
     name = "miou" if "miou" in result else "top1"

@@ -29,7 +29,7 @@ from .cuts import Cut, windows
 from .dense_heads import LRS, Heads, Recipe, fit, make_head
 from .progress import Progress
 from .readout import Want
-from .select import at_the_end, counted, held_out, spread
+from .select import counted, held_out, spread
 
 if TYPE_CHECKING:
     from .store import Bank
@@ -191,7 +191,7 @@ def run(task: Task) -> Outcome:
         "iou": [None if math.isnan(v) else v for v in per_class.nanmean(0).tolist()], "classes": classes,
         "grid": [{"lr": lr, "select_miou": m} for lr, m in zip(lrs, tried)],
     }  # fmt: skip
-    task.warn(at_the_end(numbers["grid"], "select_miou"))
+    task.warn_of_end(numbers["grid"], "select_miou")
     return Outcome(numbers, _words(task, size, recipe, heads.head), heads.parameters)
 
 
@@ -224,7 +224,7 @@ def _words(task: Task, size: int, recipe: Recipe, head: nn.Module) -> str:
     return (
         f"Segmentation by {kind} on frozen patch tokens of {layer}{norm}, {seen}, logits enlarged "
         f"bilinearly to the original masks; mIoU over the test split's pixels without id {p.ignore}, mean over the "
-        f"classes that occur or are predicted. AdamW, {p.epochs} epochs, {rates}, chosen by "
+        f"classes that occur or are predicted. AdamW, {counted(p.epochs, 'epoch')}, {rates}, chosen by "
         f"mIoU on a held-out tenth of the training images; no augmentation; mean over {seeds} (start "
         "and order), standard error by bootstrap over the test images."
     )

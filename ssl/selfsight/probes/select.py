@@ -24,16 +24,19 @@ def held_out(ids: np.ndarray, share: float = SELECT_SHARE) -> np.ndarray:
 
 
 def at_the_end(grid: Sequence[Mapping[str, Any]], score: str) -> str:
-    """A sentence where the best learning rate of a grid (rows with "lr" and `score`) is the first or the last one, and
-    better than the one beside it: the optimum may lie beyond. Else ""."""
+    """A sentence where one learning rate of a grid (rows with "lr" and `score` in percent, None: diverged) is better
+    than all others and the first or the last, so that the optimum may lie beyond. Else ""."""
     best: dict[float, float] = {}
     for row in grid:
-        best[row["lr"]] = max(row[score], best.get(row["lr"], row[score]))
-    lrs = sorted(best)
-    for what, end, beside, factor in (("highest", lrs[-1], lrs[-2:][0], 10), ("lowest", lrs[0], lrs[:2][-1], 0.1)):
-        if best[end] == max(best.values()) and best[end] > best[beside]:
-            further = ",".join(f"{lr:.2g}" for lr in sorted([end, end * factor**0.5, end * factor]))
-            return f"the {what} learning rate, {end:.2g}, was the best: more may lie beyond (probe.lrs=[{further}])"
+        if row[score] is not None:
+            best[row["lr"]] = max(row[score], best.get(row["lr"], row[score]))
+    ranked, lrs = sorted(best.values()), sorted(best)
+    if len(lrs) < 2 or ranked[-1] == ranked[-2] or ranked[-1] == 100:
+        return ""
+    for what, end, factor in (("highest", lrs[-1], 10), ("lowest", lrs[0], 0.1)):
+        if best[end] == ranked[-1]:
+            further = " and ".join(f"{lr:.2g}" for lr in sorted([end * factor**0.5, end * factor]))
+            return f"the {what} learning rate, {end:g}, was the best, and the optimum may lie beyond: add {further}"
     return ""
 
 

@@ -317,9 +317,11 @@ def _parse(name: str) -> tuple[str, int | None, bool]:
 
 class Need(NamedTuple):
     """Bytes of a bank. whole: still to write; have: of these already there, unfinished; kept: of everything else in its
-    folder, asked for or not; per: of each array asked for, if any is missing (another bank would need them all)."""
+    folder, asked for or not; per: of each array asked for, if any is missing (another bank would need them all), and
+    columns: of ids, labels and the like beside them."""
 
     per: dict[str, float]
+    columns: float
     whole: float
     have: int
     kept: int
@@ -332,14 +334,14 @@ def need(asked: Plan) -> Need:
     except FileNotFoundError:  # not there, or removed meanwhile
         found = []
     if not (missing := _missing(asked.names, found)):
-        return Need({}, 0, 0, _bytes(path for path, _ in found))
+        return Need({}, 0, 0, 0, _bytes(path for path, _ in found))
     rows = len(asked.ids) * count_crops(asked.source, asked.ids, asked.cut)
     per = {n: rows * int(np.prod(shape)) * np.dtype(d).itemsize for n, (shape, d) in asked.arrays(asked.names).items()}
     columns = rows * sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values())  # every extraction has its own
     part = asked.folder / f".part-{_title(missing)}"
     others = (p for p in asked.folder.glob(".part-*") if p != part)
     kept = _bytes(path for path, _ in found) + _bytes(others)
-    return Need(per, sum(per[name] for name in missing) + columns, _bytes([part]), kept)
+    return Need(per, columns, sum(per[name] for name in missing) + columns, _bytes([part]), kept)
 
 
 def _bytes(folders: Iterable[Path]) -> int:
@@ -359,7 +361,7 @@ def check_sizes(plans: Sequence[Plan]) -> None:
         if one.whole and one.whole + one.kept > (limit := asked.place.max_gb * 1e9):
             parts = f" ({_gb(one.kept)} in {asked.folder} and {_gb(one.whole)} to come)" if one.kept else ""
             choices = _choices(asked, [one], len(asked.ids), limit)
-            if one.kept and (anew := sum(one.per.values())) <= limit:
+            if one.kept and (anew := sum(one.per.values()) + one.columns) <= limit:
                 choices = f"once that folder is removed, what this probe reads would take {_gb(anew)}"
             raise ProbeError(f"a bank of {len(asked.ids):,} images takes {_gb(one.whole + one.kept)}{parts}, and "
                              f"bank.max_gb={asked.place.max_gb:g} allows {_gb(limit)}: {choices}")  # fmt: skip
@@ -374,14 +376,14 @@ def check_sizes(plans: Sequence[Plan]) -> None:
 
 def _choices(asked: Plan, needs: Sequence[Need], images: int, allowed: float) -> str:
     """What would make it fit. Another type or other images make another bank, which needs all of its arrays."""
-    whole = sum(size for n in needs for size in n.per.values())
+    whole = sum(sum(n.per.values()) + n.columns for n in needs)
     patches = {name for n in needs for name in n.per if name.startswith("patches")}
+    tokens = sum(size for n in needs for name, size in n.per.items() if name in patches)
     choices = []
     if patches and asked.how.dtype == "float32":
-        half = whole - sum(size / 2 for n in needs for k, size in n.per.items() if k in patches)
-        choices.append(f"bank.dtype=float16 would take {_gb(half)}")
+        choices.append(f"bank.dtype=float16 would take {_gb(whole - tokens / 2)}")
     if len(patches) > 1 and not any(n.kept for n in needs):
-        choices.append(f"one layer instead of {len(patches)} {_gb(whole / len(patches))}")
+        choices.append(f"one layer instead of {len(patches)} {_gb(whole - tokens + tokens / len(patches))}")
     if fits := int(allowed / whole * images):
         choices.append(f"{fits} images would fit (probe.bank for the training split, probe.test for the test split)")
     choices = choices or ["not even one image would fit"]
@@ -389,4 +391,6 @@ def _choices(asked: Plan, needs: Sequence[Need], images: int, allowed: float) ->
 
 
 def _gb(size: float) -> str:
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} kB"
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

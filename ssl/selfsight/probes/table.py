@@ -186,7 +186,7 @@ def _extract(rows: list[Row], checkpoint: str, together: Together) -> float | No
             wanted |= dict.fromkeys(asked)
         task.store(wanted)
     except FAILURES as error:  # all together are too much, or there are no data
-        print(f"features are extracted row by row: {error}", flush=True)
+        print(f"no pass for all rows together: {error}", flush=True)
         return None
     together.made.update(task.made)
     return round(time.monotonic() - began, 2)

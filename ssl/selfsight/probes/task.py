@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from .cuts import Cut
 from .identity import How, labels_of
 from .load import Loaded, choose_workers
 from .masks import need_objects
-from .passes import look_over, usable
+from .passes import look_over, place_of
 from .readout import Want, layout, norm_acts, plain, resolve
-from .select import held_out
+from .select import at_the_end, held_out
 from .store import Bank, Place, check_sizes, make, plan
 
 NO_LABEL = -1
@@ -68,13 +68,16 @@ class Task:
         self.said: set[str] = set() if said is None else said  # warnings that the user has seen
 
     def warn(self, sentence: str) -> None:
-        """Say it now and keep it with the number; nothing for an empty sentence."""
-        if not sentence:
-            return
+        """Say it now and keep it with the number."""
         self.warnings.append(sentence)
         if sentence not in self.said:
             print(f"warning: {sentence}", flush=True)
         self.said.add(sentence)
+
+    def warn_of_end(self, grid: Sequence[Mapping[str, Any]], score: str) -> None:
+        """Say it where a grid of learning rates may be too narrow; those of a protocol are as published."""
+        if not self.settings.get("protocol") and (sentence := at_the_end(grid, score)):
+            self.warn(f"probe={self.settings.name}: {sentence}")
 
     def banks(
         self, *wants: Want, kind: str = "center", stride: int = 0, labelled: bool = True, masks: str = "none"
@@ -129,7 +132,7 @@ class Task:
         """Labels, classes, and samples that both splits share."""
         if labelled:
             pairs = zip(self.splits[:2], (self.train, self.test))
-            both = [Labels(source, bank.ids, bank.labels.numpy()) for (source, _), bank in pairs]
+            both = [Labels(source, bank.ids, bank.labels.numpy(), kept=True) for (source, _), bank in pairs]
             for split in both:
                 need_labels(split, self.settings.name)
             self.classes = count_classes(*both)
@@ -268,27 +271,31 @@ def _part_of(ids: np.ndarray, count: int | None, words: str) -> tuple[np.ndarray
 
 
 class Labels(NamedTuple):
-    """Of samples `ids` of a source, int64 [n]; -1: none, `UNUSABLE`: the sample will be left out."""
+    """Of samples `ids` of a source, int64 [n]; -1: none, `UNUSABLE`: the sample will be left out. kept: these samples
+    stay, so that no broken image excuses its label."""
 
     source: Source
     ids: np.ndarray
     labels: np.ndarray
+    kept: bool = False
 
-    def first(self, chosen: np.ndarray) -> str | None:
-        """File and key of the first sample of a mask that is no broken image (those are left out, whatever their
-        label). None: there is none, or the first `LOOKED_AT` are all broken, which is for the extraction to say."""
-        found = (usable(self.source, i) for i in self.ids[chosen][:LOOKED_AT].tolist())
-        return next((where for where in found if where is not None), None)
+    def first(self, chosen: np.ndarray) -> tuple[int, str] | None:
+        """Label, and file and key, of the first sample of a mask that is no broken image (those are left out, whatever
+        their label). None: there is none, or the first `LOOKED_AT` are all broken, which the extraction will say."""
+        for row in np.flatnonzero(chosen)[:LOOKED_AT].tolist():
+            if (where := place_of(self.source, int(self.ids[row]), decoded=not self.kept)) is not None:
+                return int(self.labels[row]), where
+        return None
 
 
 def need_labels(split: Labels, name: str) -> None:
     """ProbeError if a sample has no label."""
     missing = split.labels == NO_LABEL
-    if missing.any() and (where := split.first(missing)):
+    if missing.any() and (found := split.first(missing)):
         raise ProbeError(
             f"probe={name} needs labels, and {missing.sum():,} of {len(missing):,} samples of {split.source.describe} "
-            f"have none, e.g. {where}; label them (.cls files or class folders), or use probe=rotation or the RankMe "
-            "of the run's report"
+            f"have none, e.g. {found[1]}; label them (.cls files or class folders), or use probe=rotation or the "
+            "RankMe of the run's report"
         )
 
 
@@ -297,17 +304,17 @@ def count_classes(train: Labels, test: Labels) -> int:
     known = train.labels[train.labels >= 0]
     classes = max(len(train.source.classes or ()), int(known.max(initial=-1)) + 1)
     outside = test.labels >= classes
-    if len(known) and outside.any() and (where := test.first(outside)):
+    if len(known) and outside.any() and (found := test.first(outside)):
         raise ProbeError(
             f"{outside.sum():,} of {len(outside):,} test labels are outside the head of {classes:,} classes (0 to "
-            f"{classes - 1:,}, as in the training split), e.g. {test.labels[outside][0]} of {where}; both splits must "
-            "number the same classes from 0"
+            f"{classes - 1:,}, as in the training split), e.g. {found[0]} of {found[1]}; both splits must number the "
+            "same classes from 0"
         )
     if classes > (limit := max(MANY_CLASSES, 10 * len(train.labels))):
         large = train.labels >= limit
-        where = train.first(train.labels == classes - 1) or train.first(large)
-        if where or not large.any():  # else the names in classes.json are so many
-            named = f", e.g. in {where}" if where else ""
+        found = train.first(train.labels == classes - 1) or train.first(large)
+        if found or not large.any():  # else the names in classes.json are so many
+            named = f", e.g. {found[0]:,} of {found[1]}" if found else ""
             raise ProbeError(f"labels go up to {classes - 1:,} with {len(train.labels):,} training samples{named}; "
                              "number the classes from 0 without gaps")  # fmt: skip
     return classes
