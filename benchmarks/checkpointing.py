@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from machine import save
+from page import show
 from torch.profiler import ProfilerActivity, profile
 
 from selfsight import config
@@ -29,7 +29,6 @@ from selfsight.objectives import build_objective
 from selfsight.views.photo import prepare
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/large.md"
-MARKED = re.compile(r"(<!-- checkpointing -->\n)(.*?)(\n?<!-- /checkpointing -->)", re.S)
 MODELS = {"vit_ti": 224, "convnext_tiny": 224, "convnextv2_atto": 224, "shvit_s1": 256}
 
 
@@ -115,8 +114,7 @@ def main() -> None:
         print(name, json.dumps(models[name]), flush=True)
     save(args.out, "checkpointing.py", {"models": models})
     if args.out is not None:
-        results = json.loads(args.out.read_text())
-        PAGE.write_text(MARKED.sub(lambda m: m[1] + table(results) + "\n" + m[3].lstrip("\n"), PAGE.read_text()))
+        show(PAGE, "checkpointing", table(json.loads(args.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from page import show
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/contracts.json", ROOT / "docs/contracts.md"
-MARKED = re.compile(r"(<!-- contracts -->\n)(.*?)(\n<!-- /contracts -->)", re.S)
 
 
 def table(measured: dict[str, Any]) -> str:
@@ -40,11 +40,6 @@ def entry(result: dict[str, Any]) -> str:
     return result["note"] if result["ok"] else f"**broken**: {result['note']}"
 
 
-def shown(page: str) -> str:
-    """The table that a page has between its markers."""
-    return MARKED.search(page)[2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="CELL")
@@ -53,7 +48,7 @@ def main() -> None:
     if not args.table:
         measure(args.only)
     measured = json.loads(RESULTS.read_text())
-    PAGE.write_text(MARKED.sub(lambda m: m[1] + table(measured) + m[3], PAGE.read_text()))
+    show(PAGE, "contracts", table(measured))
     broken = [(n, c) for n, found in measured["cells"].items() for c, result in found.items() if not result["ok"]]
     print(f"{PAGE}: {len(measured['cells'])} cells, broken: {broken or 'none'}")
     sys.exit(bool(broken))

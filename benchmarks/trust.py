@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import machine
+from page import show
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/trust.json", ROOT / "docs/trust.md"
@@ -164,20 +164,12 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: dict[str, Any]) -> None:
-    """Put the table into the page."""
-    text = PAGE.read_text()
-    found = re.search(r"(<!-- trust -->\n).*?(\n<!-- /trust -->)", text, re.S)
-    PAGE.write_text(text[: found.end(1)] + table(results) + text[found.start(2) :])
-    print(f"written: {PAGE}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="only write the table again")
     if not parser.parse_args().table:
         machine.save(RESULTS, "trust.py", measure())
-    write_page(json.loads(RESULTS.read_text()))
+    show(PAGE, "trust", table(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

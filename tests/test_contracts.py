@@ -60,11 +60,8 @@ def test_processes_that_see_different_checkpoints_are_told(sample):
     assert "on a disk that all of them share" in different
 
 
-def test_the_page_shows_what_was_measured(benchmarks):
-    import contracts
-
+def test_all_cells_have_been_measured_and_none_is_broken():
     measured = json.loads((ROOT / "benchmarks/results/contracts.json").read_text())
     assert list(measured["cells"]) == list(promises.CELLS), "run benchmarks/contracts.py again"
     assert list(measured["variants"]) == list(promises.VARIANTS), "run benchmarks/contracts.py again"
     assert not [name for cells in (measured["cells"], measured["variants"]) for name in cells if broken(cells[name])]
-    assert contracts.shown((ROOT / "docs/contracts.md").read_text()) == contracts.table(measured)

@@ -1,5 +1,6 @@
 """What README and docs say is true: commands parse, files and tests that are named exist, the grid is the code's."""
 
+import importlib
 import json
 import re
 import shlex
@@ -140,9 +141,10 @@ def test_an_objectives_page_has_its_experiments_and_the_readme_has_the_page(name
     assert f"(docs/{name}.md)" in (ROOT / "README.md").read_text()
 
 
-def test_the_page_of_promises_is_what_was_counted(benchmarks):
-    import trust
+@pytest.mark.parametrize("script", ["trust", "contracts", "checkpointing"])
+def test_a_table_that_is_measured_is_what_was_measured(benchmarks, script):
+    module = importlib.import_module(script)
+    from page import shown
 
-    found = re.search(r"<!-- trust -->\n(.*?)\n<!-- /trust -->", trust.PAGE.read_text(), re.S)
-    counted = json.loads(trust.RESULTS.read_text())
-    assert found and found[1] == trust.table(counted), "python benchmarks/trust.py --table"
+    results = json.loads((ROOT / f"benchmarks/results/{script}.json").read_text())
+    assert shown(module.PAGE, script) == module.table(results), f"write the page again: benchmarks/{script}.py"
