@@ -41,6 +41,8 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.spoil, self.log, self.ranges = folder, [], ".tar", [], True
+        self.silent: set[str] = set()  # what is not being answered, until `over`
+        self.over = threading.Event()
         self.digest: Callable[[bytes], tuple[str, str]] | None = None  # header of a file
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -97,6 +99,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = data[start:]
         if fault == "slow":
             time.sleep(1)
+        if fault == "silence":
+            server.silent.add(self.path)
+            server.over.wait(20)
+            server.silent.discard(self.path)
+            return self.connection.close()
         if fault in ("cut", "stall"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
@@ -114,6 +121,7 @@ def server(tmp_path):
         runs.shard(folder / f"train-{i:06d}.tar", EACH)
     served = Server(folder)
     yield served
+    served.over.set()
     served.shutdown()
     served.server_close()
 
@@ -236,6 +244,14 @@ def test_a_checksum_that_the_server_says_is_checked(server, tmp_path, digest):
 def test_what_is_no_checksum_is_not_taken_for_one(server, tmp_path, header):
     server.digest = lambda data: header
     assert ask(f"{server.url}/train-000000.tar", settings(tmp_path)).checksum is None
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(server, tmp_path):
+    url, about = f"{server.url}/train-000000.tar", ask(f"{server.url}/train-000000.tar", settings(tmp_path))
+    server.faults = ["silence"]
+    download(url, about, tmp_path / "copy", settings(tmp_path))
+    assert server.silent == {"/train-000000.tar"}  # the first request still has no answer
+    count("failures of servers")
 
 
 def test_a_cut_download_goes_on_where_it_ended(server, tmp_path):
