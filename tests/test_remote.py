@@ -339,6 +339,15 @@ def test_the_longest_unused_shard_goes_and_one_in_use_stays(server, tmp_path):
     assert sum(p.stat().st_size for p in (tmp_path / "cache").glob("[!.]*.tar")) <= cache.limit
 
 
+def test_a_shard_that_was_used_again_goes_after_one_that_was_not(server, tmp_path):
+    urls = [f"{server.url}/train-{i:06d}.tar" for i in range(3)]
+    abouts = [ask(url, settings(tmp_path)) for url in urls]
+    cache = Cache(settings(tmp_path, gb=2.5 * abouts[0].size / 1e9))
+    for number in (0, 1, 0, 2):
+        assert cache.open(urls[number], abouts[number]) is not None
+    assert [cache.has(*pair) for pair in zip(urls, abouts)] == [True, False, True]
+
+
 def test_a_cache_that_is_too_small_for_the_order_is_refused_with_what_would_do(server, tmp_path):
     source = remote(server, tmp_path)
     size = sum(about.size for about in source._reader.abouts) / 1e9
