@@ -43,6 +43,13 @@ def test_one_process_has_nothing_to_shard():
     assert make_trainer(cfg, []).world_size == 1
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_only_the_watchdog_ends_a_wait(name):
+    """torch would end processes that wait for half an hour for one that evaluates."""
+    cfg = config.load("train", [f"trainer.strategy={name}"])
+    assert strategy_of(cfg, 2, "32-true")._timeout.days > 30
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A run of two processes with DDP, and one of two with shards and recomputed blocks."""
@@ -67,7 +74,9 @@ def test_shards_end_where_whole_processes_do(both):
 
 @pytest.mark.slow
 def test_a_sharded_run_is_judged_and_exported(both):
-    for row, other in zip(*(read_metrics(both / name / "metrics.csv") for name in ("ddp", "fsdp"))):
+    ddp, fsdp = (read_metrics(both / name / "metrics.csv") for name in ("ddp", "fsdp"))
+    assert [row["step"] for row in ddp if row.get("knn")] == ["0", "3", "6"]
+    for row, other in zip(ddp, fsdp, strict=True):
         for key in ("step", "loss", "knn", "rankme"):
             assert bool(row.get(key)) == bool(other.get(key))  # at step 0 nothing has been trained
             if row.get(key):
