@@ -11,7 +11,7 @@ import pytest
 
 import runs
 from kill_driver import Job, count, words_for
-from selfsight.training.watchdog import CODE, DATA, STEP, Watchdog
+from selfsight.training.watchdog import CODE, DATA, MEET, START, STEP, Watchdog
 
 LIMIT = 0.6  # seconds
 
@@ -146,9 +146,10 @@ class Pair:
         self.job = Job([*words, "trainer.hang_minutes=0.1"], tmp_path / "log", ranks=2)
 
     def stop(self, rank):
-        """Once it trains, hold a process."""
+        """Once it trains, and has noted that it does (it notes a few times per limit), hold a process."""
+        note = self.run / ".pulse" / f"rank-{rank}.json"
         until = time.monotonic() + 300
-        while not (self.run / "metrics.csv").is_file() or not list((self.run / "checkpoints").glob("step-*")):
+        while not note.is_file() or json.loads(note.read_text())["phase"] in (START, MEET):
             assert time.monotonic() < until, self.job.text()
             time.sleep(0.05)
         self.job.signal(signal.SIGSTOP, rank)
@@ -164,7 +165,7 @@ def test_of_two_processes_the_one_that_stands_still_is_named(tmp_path):
     said = pair.job.text()
     pid = pair.job.processes[1].pid
     assert "hang: rank 1 has not been heard of for" in said and f"(process {pid} on " in said, said
-    last = "starting|computing|waiting for data|evaluating|saving"
+    last = "computing|waiting for data|evaluating|saving"
     assert re.search(rf", ({last}) for step \d+\)", said), said
     assert "hang: rank 0" not in said
     assert (pair.run / "hang-rank-0.txt").is_file()
