@@ -100,7 +100,7 @@ PROMISES = (
     ),
     Promise(
         "A loss that is not finite, even in one process only, never reaches the weights, which stay equal everywhere.",
-        ("test_faults.py::test_a_loss_that_is_not_finite_in_one_process_stops_both_with_equal_weights",
+        ("test_faults.py::test_what_is_not_finite_in_one_process_stops_both_with_equal_weights",
          "test_trouble.py::test_a_gradient_that_is_not_finite_never_reaches_the_weights"),
         ("losses that were not finite",),
     ),

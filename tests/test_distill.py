@@ -254,6 +254,17 @@ def test_a_centre_of_two_micro_batches_is_that_of_the_whole():
     torch.testing.assert_close(whole.center, halves.center)
 
 
+def test_logits_that_are_not_finite_do_not_move_a_centre():
+    center = Center(5).train()
+    center(torch.randn(6, 5), 0.1)
+    center.apply_(0.9)
+    before = center.center.clone()
+    for value in (torch.nan, torch.inf):
+        center(torch.full((6, 5), value), 0.1)
+        center.apply_(0.9)
+        assert before.abs().sum() > 0 and torch.equal(center.center, before) and not center.pending.any()
+
+
 def test_sinkhorn_shares_the_prototypes_equally():
     q = sinkhorn(torch.randn(64, 8), 0.5, iterations=50)
     torch.testing.assert_close(q.sum(1), torch.ones(64))

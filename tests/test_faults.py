@@ -4,19 +4,26 @@ Training in one and two processes, the index that it builds, `selfsight index`, 
 a user starts. `kill_driver` has the processes, `selfsight.faults` the points.
 """
 
+import functools
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import runs
 from kill_driver import ONE_THREAD, ROOT, Job, assert_same, command, count, outcome, words_for
+from selfsight import cli
 from selfsight.faults import POINTS
+from selfsight.objectives.dino import DINO
 from selfsight.training import checkpoint
+from selfsight.training.loop import AfterStep
 
 STEPS = 16
 TRAINING = [  # in the order in which a run meets them; each takes it a step further
@@ -37,9 +44,9 @@ class Case:
         assert job.wait() == [0] * ranks, job.text()
         self.expected, self.used = result(root / "whole"), job.used
 
-    def job(self, name, faults="", target=command):
+    def job(self, name, faults="", target=command, more=()):
         (self.root / name).mkdir(exist_ok=True)
-        words, log = self.words(self.root / name), self.root / f"{name}.log"
+        words, log = [*self.words(self.root / name), *more], self.root / f"{name}.log"
         return Job(words, log, ranks=self.ranks, faults=faults, target=target)
 
     def kill_at(self, name, point, rank=None):
@@ -224,44 +231,75 @@ def test_a_disk_that_is_full_stops_a_run_which_continues_when_there_is_room(one)
     count("writes that failed", 4)
 
 
-def spoiled_on_rank_1(words, log, env):
-    """The command with a loss that is not a number, in the second process at step 2; each process tells its weights."""
-    import torch
+class Burst(torch.autograd.Function):
+    """Hands a value on; its gradient is not a number."""
 
-    from selfsight.objectives.dino import DINO
-    from selfsight.training.checkpoint import unique_state
-    from selfsight.training.loop import AfterStep
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
 
-    loss, stop = DINO.loss, AfterStep._stop_nonfinite
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+SPOILT = {  # what, at step 2
+    "loss": lambda value: value * torch.nan,
+    "sum": lambda value: value + torch.inf,  # its gradients are finite
+    "gradient": Burst.apply,
+}
+
+
+def spoil(how, who=True):
+    """DINO's loss, spoiled at step 2."""
+    loss = DINO.loss
 
     def spoiled(self, batch, step):
         value, logs = loss(self, batch, step)
-        return (value * torch.nan if env["RANK"] == "1" and step == 2 else value), logs
+        return (SPOILT[how](value) if who and step == 2 else value), logs
+
+    return spoiled
+
+
+def spoiled_on_rank_1(how, words, log, env):
+    """The command with trouble in the second process at step 2; each process tells its weights."""
+    stop = AfterStep._stop_nonfinite
 
     def told(self, trainer, module):
-        state = b"".join(v.numpy().tobytes() for v in unique_state(module.objective).values())
+        state = b"".join(v.numpy().tobytes() for v in checkpoint.unique_state(module.objective).values())
         (self.plan.run_dir / f"weights-{self.rank}").write_bytes(state)
         stop(self, trainer, module)
 
-    DINO.loss, AfterStep._stop_nonfinite = spoiled, told
+    DINO.loss, AfterStep._stop_nonfinite = spoil(how, env["RANK"] == "1"), told
     command(words, log, env)
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_equal_weights(two):
-    job = two.job("spoiled", target=spoiled_on_rank_1)
+@pytest.mark.parametrize(("how", "every"), [("loss", 1), *((how, 100) for how in SPOILT)])  # steps between checkpoints
+def test_what_is_not_finite_in_one_process_stops_both_with_equal_weights(two, monkeypatch, how, every):
+    target = functools.partial(spoiled_on_rank_1, how)
+    job = two.job("spoiled", target=target, more=[f"checkpoint.every_n_steps={every}"])
     assert job.wait() == [4, 4], job.text()
     run = two.root / "spoiled/run"
     weights = [(run / f"weights-{rank}").read_bytes() for rank in (0, 1)]
     assert weights[0] == weights[1] and len(weights[0]) > 10_000
-    assert checkpoint.newest(run / "checkpoints").name == "step-000000002"
     assert sorted(p.name for p in run.glob("nonfinite-*-rank-?.*")) == [
         f"nonfinite-step-000000002-rank-{rank}.safetensors" for rank in (0, 1)
     ]
+    # What is printed repeats it, with the batch of the process to blame where that is known.
+    said = re.findall(r"`selfsight (replay batch=\S+)`", job.text())[-1]
+    assert f"-rank-{0 if how == 'gradient' else 1}." in said
+    monkeypatch.setattr(DINO, "loss", spoil(how))
+    assert cli.main(None, said.split()) == 1
+    count("losses that were not finite")
+    if every > 1:
+        return shutil.rmtree(two.root / "spoiled")
+    newest, kept = checkpoint.newest(run / "checkpoints"), load_file(run / "nonfinite-step-000000002.safetensors")
+    assert newest.name == "step-000000002"
+    runs.assert_identical(kept, checkpoint.load(newest)[0])
     for path in [*run.glob("nonfinite-*"), *run.glob("weights-?")]:
         path.unlink()
     two.finish("spoiled")
-    count("losses that were not finite")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from selfsight.data.rng import key_of
 from selfsight.objectives.mae import MAE
 from selfsight.training import checkpoint
 from selfsight.training.log import read_metrics
-from selfsight.training.loop import RunStopped
+from selfsight.training.loop import AfterStep, RunStopped
 
 
 def test_bad_samples_of_a_stream_are_counted_and_listed(tmp_path):
@@ -119,23 +119,64 @@ class Burst(torch.autograd.Function):
         return grad * torch.nan
 
 
-@pytest.mark.parametrize("clip", ["0", "1.0"])
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch, clip):
-    loss = MAE.loss
+@pytest.fixture
+def burst(monkeypatch):
+    """A gradient that is not finite at step 2; what the objective was before it."""
+    loss, before = MAE.loss, {}
 
     @functools.wraps(loss)
     def spoiled(self, batch, step):
         value, logs = loss(self, batch, step)
+        if step == 2 and not before:
+            before.update({k: v.clone() for k, v in checkpoint.unique_state(self).items()})
         return Burst.apply(value) if step == 2 else value, logs
 
     monkeypatch.setattr(MAE, "loss", spoiled)
+    return before
+
+
+@pytest.mark.parametrize("clip", ["0", "1.0"])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, burst, clip):
     words = ("max_steps=5", "knn.every_n_steps=0", "checkpoint.every_n_steps=1", f"optim.clip={clip}")
-    with pytest.raises(RunStopped, match=r"a gradient is not finite at step 2; `selfsight replay batch=\S+`"):
+    with pytest.raises(
+        RunStopped, match=r"a gradient is not finite at step 2; `selfsight replay batch=\S+` repeats it"
+    ):
         runs.run_here(tmp_path / "r", *words)
     newest = checkpoint.newest(tmp_path / "r" / "checkpoints")
     assert newest.name == "step-000000002"
     kept = load_file(tmp_path / "r" / "nonfinite-step-000000002.safetensors")
     runs.assert_identical(kept, checkpoint.load(newest)[0])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_of_a_gradient_every_part_is_kept(tmp_path, monkeypatch, burst, late):
+    start = AfterStep.on_train_start
+
+    def as_on_a_gpu(self, *args):  # where the host learns of it one step later
+        start(self, *args)
+        self.late = late
+
+    monkeypatch.setattr(AfterStep, "on_train_start", as_on_a_gpu)
+    words = ("max_steps=5", "knn.every_n_steps=0", "checkpoint.every_n_steps=100", "trainer.max_batch_per_device=4")
+    with pytest.raises(RunStopped, match=r"a gradient is not finite at step 2; .*or that of another part") as stopped:
+        runs.run_here(tmp_path / "r", *words)
+    runs.assert_identical(load_file(tmp_path / "r" / "nonfinite-step-000000002.safetensors"), burst)
+    named = [f"nonfinite-step-000000002-rank-0-part-{i}.safetensors" for i in (0, 1)]
+    parts = [load_file(tmp_path / "r" / name) for name in named]
+    assert [part["position"].tolist() for part in parts] == [list(range(16, 20)), list(range(20, 24))]
+    assert cli.main(None, str(stopped.value).split("`")[1].split()[1:]) == 1
+
+
+def test_a_step_that_cannot_be_kept_is_said_all_the_same(tmp_path, monkeypatch, burst):
+    def full(tensors, path, *args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    words = ("max_steps=5", "knn.every_n_steps=0", "checkpoint.every_n_steps=100")
+    with pytest.raises(
+        RunStopped, match=r"not finite at step 2; it cannot be kept for `selfsight replay` \(.*No space"
+    ):
+        runs.run_here(tmp_path / "r", *words)
 
 
 def test_a_step_that_was_not_finite_is_repeated(tmp_path, capsys):

@@ -51,14 +51,16 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def apply_(self, momentum: float) -> None:
-        """c <- momentum c + (1 - momentum) mean, if there was any row."""
+        """c <- momentum c + (1 - momentum) mean, if there was any row and the mean is finite (a step whose loss is not
+        is told of one step later, with the centre that it began with)."""
         pending = self.pending
         if self.official_mean:
             pending = pending / pending[-1].clamp(min=1e-6)
         pending = all_sum(pending)
         count = pending[-1]
         mean = pending[:-1] / count.clamp(min=1e-6)
-        self.center.copy_(torch.where(count > 0, momentum * self.center + (1 - momentum) * mean, self.center))
+        moves = (count > 0) & torch.isfinite(mean).all()
+        self.center.copy_(torch.where(moves, momentum * self.center + (1 - momentum) * mean, self.center))
         self.pending.zero_()
 
 

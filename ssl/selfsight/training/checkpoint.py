@@ -163,10 +163,10 @@ def load(path: Path, file: str = "model") -> tuple[dict[str, Tensor], dict]:
         raise CheckpointError(f"{path}/{file}.safetensors is no safetensors file ({error})") from None
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file; OSError also where the disk is full."""
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(errno.EIO, f"{path} cannot be written: {error}") from error
 

@@ -83,7 +83,8 @@ class AfterStep(pl.Callback):
         self.failed_saves = 0
         self.projected = False
         self.started = time.monotonic()
-        self.copied: tuple[Tensor, torch.cuda.Event] | None = None
+        self.late = False  # whether the host reads one step later whether it was finite
+        self.copied: tuple[Tensor, Callable[[], None]] | None = None
 
     def watch(self, step: int, many: bool) -> None:
         """Begin to watch, before `many` processes meet."""
@@ -100,6 +101,7 @@ class AfterStep(pl.Callback):
         self.flag.install()  # Lightning may have put its own handlers there
         self.flag.training = True
         module.recent = deque(maxlen=2 * self.plan.micro_batches + 1)
+        self.late = module.device.type == "cuda"
         self.agreement, self.seen = Agreement(), module.step
         self.rank = trainer.global_rank
         self.metrics = Metrics(self.plan.run_dir / "metrics.csv", module.step) if self.rank == 0 else None
@@ -136,15 +138,16 @@ class AfterStep(pl.Callback):
         self.speed.step()
         self.bar.step()
         last = step == plan.total_steps
-        agreed = self.agreement.later(*self._mine(module))
+        agreed = self.agreement.later(*self._mine())
         measure, draw = (n is not None and (last or step % n == 0) for n in (plan.knn_every, plan.pictures_every))
         inline = bool(self.evals and self.evals.plan.inline_at(step))
         wanted = bool(self.evals and self.evals.plan.saved_at(step))
         saving = last or agreed.save or (plan.save_every and step % plan.save_every == 0) or agreed.stop or wanted
-        if measure or draw or saving or inline:  # nothing irreversible before everybody has been heard
-            agreed = self.agreement.now(*self._mine(module, wait=True))
+        lasting = measure or draw or saving or inline
+        if lasting:  # nothing irreversible before everybody has been heard
+            agreed = self.agreement.now(*self._mine())
         self.all_bad = agreed.bad
-        if agreed.nonfinite:
+        if not self._finite(module, wait=lasting):
             self._stop_nonfinite(trainer, module)
             return
         if agreed.bad > plan.max_bad:
@@ -171,7 +174,7 @@ class AfterStep(pl.Callback):
             self._log(trainer, module, numbers)
         best = self._is_best(numbers)
         if self.whole is not None and measure:  # others must give their shards
-            best = bool(self.agreement.now(int(best), 0, 0, 0).stop)
+            best = bool(self.agreement.now(int(best), 0, 0).stop)
         if saving or best:
             with _Pause(self.speed), self.watchdog.busy("saving"):
                 self._save(trainer, module, best, last or bool(agreed.stop))
@@ -182,26 +185,23 @@ class AfterStep(pl.Callback):
             code = 128 + (self.flag.signal or 15)
             self._stop(trainer, f"stopped by a signal at step {step}; the same command continues from here", code)
 
-    def _mine(self, module: Module, wait: bool = False) -> tuple[int, int, int, int]:
+    def _mine(self) -> tuple[int, int, int]:
         save = self.rank == 0 and self.clock.due()
-        return int(self.flag.signal is not None), self._nonfinite(module, wait), int(save), len(self.bad)
+        return int(self.flag.signal is not None), int(save), len(self.bad)
 
-    def _nonfinite(self, module: Module, wait: bool) -> int:
-        """1 if a loss was not finite. On a GPU the answer is a step old unless `wait`, so that the host runs ahead."""
+    def _finite(self, module: Module, wait: bool) -> bool:
+        """Whether losses and gradients were finite, the same on all processes. On a GPU the answer is a step old unless
+        `wait`, so that the host runs ahead."""
         if module.finite is None:
-            return 0
-        if wait or module.finite.device.type != "cuda":
-            return int(not bool(module.finite))
-        before = 0
-        if self.copied is not None:
-            host, event = self.copied
-            event.synchronize()
-            before = int(not bool(host))
-        host, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
-        host.copy_(module.finite, non_blocking=True)
-        event.record()
-        self.copied = host, event
-        return before
+            return True
+        if wait or not self.late:
+            return bool(module.finite)
+        before, self.copied = self.copied, _copy(module.finite)
+        if before is None:
+            return True
+        value, wait_for = before
+        wait_for()
+        return bool(value)
 
     def seconds(self) -> float:
         """Wall time of the run so far, earlier sessions up to their last checkpoint included."""
@@ -327,23 +327,31 @@ class AfterStep(pl.Callback):
 
     def _stop_nonfinite(self, trainer: pl.Trainer, module: Module) -> None:
         plan = self.plan
-        bad = next(((step, batch) for step, finite, batch in module.recent if not bool(finite)), None)
-        # A gradient, or another process: what this one saw meanwhile.
-        step, batch = bad or (module.recent[-1][0], module.recent[-1][2])
+        step, found = next((step, found) for step, found in module.checks if not found[0])
+        culprit = int(found[1])
+        loss = culprit < trainer.world_size
+        parts = [(bool(finite), batch) for at, finite, batch in module.recent if at == step]
+        # Which micro-batch a gradient comes from is not known.
+        kept = [batch for finite, batch in parts if not finite][:1] or [batch for _, batch in parts]
         facts = {"total_steps": plan.total_steps, "mean": module.mean.tolist(), "std": module.std.tolist(),
                  "steps_per_epoch": (plan.num_samples or math.inf) / plan.batch_size}  # fmt: skip
         if self.whole is not None:
             self.whole.refresh()
-        path = replay.keep_batch(plan.run_dir, self.rank, step, batch, facts)
-        if self.rank == 0:
-            try:
+        which, rank, part = ("the loss", culprit, None) if loss else ("a gradient", 0, 0 if len(kept) > 1 else None)
+        others = "" if loss or len(kept) * trainer.world_size == 1 else ", or that of another part beside it,"
+        repeat = f"`selfsight replay batch={replay.place(plan.run_dir, step, rank, part)}`{others} repeats it. "
+        try:
+            for i, batch in enumerate(kept):
+                where = replay.place(plan.run_dir, step, self.rank, i if len(kept) > 1 else None)
+                replay.keep_batch(where, batch, facts)
+            if self.rank == 0:
                 replay.keep_weights(plan.run_dir, step, self._objective(module))
-            except OSError as error:
-                self.bar.line(f"the weights of step {step} cannot be saved ({error})")
+        except OSError as error:
+            repeat = f"it cannot be kept for `selfsight replay` ({error}). "
         self._stop(
             trainer,
-            f"{'the loss' if bad else 'a gradient'} is not finite at step {step}; `selfsight replay batch={path}` "
-            "repeats it. Nothing after the last checkpoint is kept: lower optim.base_lr or set optim.clip=1.0 with "
+            f"{which} is not finite at step {step}; {repeat}"
+            "Nothing after the last checkpoint is kept: lower optim.base_lr or set optim.clip=1.0 with "
             "allow_change=true to continue from there, or use trainer.precision=32",
             4,
         )
@@ -402,3 +410,13 @@ def _memory(device: torch.device) -> str | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"mem {peak / 2**20:.1f} GiB"
+
+
+def _copy(flag: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """A copy for the host that is under way, and what waits for it."""
+    if flag.device.type != "cuda":
+        return flag.clone(), lambda: None
+    host, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+    host.copy_(flag, non_blocking=True)
+    event.record()
+    return host, event.synchronize

@@ -8,10 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..config import ConfigError
 from ..faults import fault
+from ..nn.losses import world_size
 from ..objectives.objective import Objective
 from ..views.photo import prepare
 from ..views.spec import Batch
@@ -44,9 +46,10 @@ class Module(pl.LightningModule):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         self._optimizer_state, self._scaler_state = optimizer_state, scaler_state
-        self.recent: deque[tuple[int, Tensor, Batch]] = deque(maxlen=4)  # (step, finite, batch), for reports
+        self.recent: deque[tuple[int, Tensor, Batch]] = deque(maxlen=4)  # (step, finite loss, batch), for reports
         self.last_logs: dict[str, Tensor] = {}
-        self.finite: Tensor | None = None  # stays on the device; read one step later
+        self.finite: Tensor | None = None  # all steps so far, on all processes; on the device, read one step later
+        self.checks: deque[tuple[int, Tensor]] = deque(maxlen=2)  # what `_guard` found in the last steps
         self.sharded = False
 
     def configure_model(self) -> None:
@@ -82,7 +85,6 @@ class Module(pl.LightningModule):
             ready = self.objective.draw(ready, self.step)
         loss, logs = self.objective.loss(ready, self.step)
         finite = torch.isfinite(loss.detach())
-        self.finite = finite if self.finite is None else self.finite & finite
         self.recent.append((self.step, finite, batch))
         self.last_logs = logs
         fault("step.forward", self.step)
@@ -108,12 +110,21 @@ class Module(pl.LightningModule):
 
     def _guard(self, optimizer: Any, norm: Tensor) -> None:
         """Nothing that is not finite reaches the weights: a fused optimizer skips its step by a flag on the device, so
-        that the host need not wait for it. With a scaler infinite gradients are usual, and it does this itself."""
-        if not optimizer.param_groups[0].get("fused"):
-            return
-        finite = torch.isfinite(norm)
+        that the host need not wait for it. With a scaler infinite gradients are usual, and it does this itself.
+
+        All processes decide alike: a sum may overflow in the loss of one whose gradients are finite.
+        """
+        fused = optimizer.param_groups[0].get("fused")
+        loss = torch.stack([finite for step, finite, _ in self.recent if step == self.step]).all()
+        finite = loss & torch.isfinite(norm) if fused else loss
+        found = torch.stack([finite.long(), torch.where(loss, world_size(), self.global_rank)])
+        if world_size() > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        self.checks.append((self.step, found))  # [1 if all is finite, the first process with a loss that is not]
+        finite = found[0].bool()
         self.finite = finite if self.finite is None else self.finite & finite
-        optimizer.found_inf = (~self.finite).float()
+        if fused:
+            optimizer.found_inf = (~self.finite).float()
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         lr, decay = self.lr(self.step), self.weight_decay(self.step)

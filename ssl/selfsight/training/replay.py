@@ -1,7 +1,8 @@
 """A step whose loss or gradient was not finite: what is kept of it, and `selfsight replay`, which repeats it.
 
-<run>/nonfinite-step-000000123-rank-0.safetensors     the micro-batch, as the loader gave it
-<run>/nonfinite-step-000000123.safetensors            the weights before the step
+<run>/nonfinite-step-000000123-rank-0.safetensors           the micro-batch, as the loader gave it
+<run>/nonfinite-step-000000123-rank-0-part-1.safetensors    one of several, where it is not known which
+<run>/nonfinite-step-000000123.safetensors                  the weights before the step
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import config
@@ -27,17 +28,22 @@ from . import checkpoint
 
 NESTED = ("crops", "boxes", "cells")
 FLAT = ("key", "id", "position", "label", "sizes", "has_object")
-_NAME = re.compile(r"nonfinite-step-(\d{9})-rank-(\d+)\.safetensors")
+_NAME = re.compile(r"nonfinite-step-(\d{9})-rank-\d+(?:-part-\d+)?\.safetensors")
 
 
-def keep_batch(run_dir: Path, rank: int, step: int, batch: Batch, facts: Mapping[str, Any]) -> Path:
-    """Write a micro-batch as it came; facts: what else a replay needs (total_steps, steps_per_epoch, mean, std)."""
+def place(run_dir: Path, step: int, rank: int, part: int | None = None) -> Path:
+    """The file of a micro-batch; part: its number where several are kept."""
+    which = "" if part is None else f"-part-{part}"
+    return run_dir / f"nonfinite-step-{step:09d}-rank-{rank}{which}.safetensors"
+
+
+def keep_batch(path: Path, batch: Batch, facts: Mapping[str, Any]) -> None:
+    """Write a micro-batch as it came; facts: what else a replay needs (total_steps, steps_per_epoch, mean, std).
+    OSError where the disk is full."""
     tensors = {f"{group}.{k}": v for group in NESTED for k, v in batch.get(group, {}).items()}
     tensors |= {k: batch[k] for k in FLAT if k in batch}
-    path = run_dir / f"nonfinite-step-{step:09d}-rank-{rank}.safetensors"
-    facts = json.dumps(dict(facts) | {"step": step})
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"facts": facts})
-    return path
+    metadata = {"facts": json.dumps(dict(facts))}
+    checkpoint.write_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
 
 
 def keep_weights(run_dir: Path, step: int, objective: Objective) -> None:

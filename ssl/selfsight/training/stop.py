@@ -47,7 +47,6 @@ class Agreed(NamedTuple):
     """Sums over all processes."""
 
     stop: int  # processes that were signalled
-    nonfinite: int  # processes whose loss was not finite
     save: int  # processes whose clock says that a checkpoint is due
     bad: int  # distinct bad samples so far
 
@@ -64,27 +63,27 @@ class Agreement:
         self.group = dist.new_group(backend="gloo") if self.many else None
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def now(self, stop: int, nonfinite: int, save: int, bad: int) -> Agreed:
+    def now(self, stop: int, save: int, bad: int) -> Agreed:
         """Sum over all processes, blocking."""
-        values = torch.tensor([stop, nonfinite, save, bad], dtype=torch.int64)
+        values = torch.tensor([stop, save, bad], dtype=torch.int64)
         if self.many:
             self.finish()
             dist.all_reduce(values, group=self.group)
         return Agreed(*values.tolist())
 
-    def later(self, stop: int, nonfinite: int, save: int, bad: int) -> Agreed:
+    def later(self, stop: int, save: int, bad: int) -> Agreed:
         """The sums of the previous call; launches those of this one."""
         if not self.many:
-            return Agreed(stop, nonfinite, save, bad)
+            return Agreed(stop, save, bad)
         answer = self.finish()
-        values = torch.tensor([stop, nonfinite, save, bad], dtype=torch.int64)
+        values = torch.tensor([stop, save, bad], dtype=torch.int64)
         self.pending = (dist.all_reduce(values, group=self.group, async_op=True), values)
         return answer
 
     def finish(self) -> Agreed:
         """Wait for what is under way."""
         if self.pending is None:
-            return Agreed(0, 0, 0, 0)
+            return Agreed(0, 0, 0)
         work, values = self.pending
         work.wait()
         self.pending = None
