@@ -149,7 +149,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         watchdog = Watchdog(Path(folder), 0, minutes=30)
-        watchdog.start()
+        watchdog.start(1)
         try:
             found = {name: measure(args, clip, watchdog) for name, clip in (("clipped", 1.0), ("not clipped", 0.0))}
         finally:

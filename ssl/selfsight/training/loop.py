@@ -86,10 +86,15 @@ class AfterStep(pl.Callback):
         self.late = False  # whether the host reads one step later whether it was finite
         self.copied: tuple[Tensor, Callable[[], None]] | None = None
 
-    def watch(self, step: int, many: bool) -> None:
-        """Begin to watch, before `many` processes meet."""
-        self.watchdog.enter(MEET if many else START, step)
-        self.watchdog.start()
+    def watch(self, step: int, world: int) -> None:
+        """Begin to watch over so many processes, of which the first has still to begin the run."""
+        self.watchdog.enter(START, step)
+        self.watchdog.start(world)
+
+    def meet(self) -> None:
+        """From now on the others are waited for."""
+        if self.watchdog.world > 1:
+            self.watchdog.enter(MEET, self.watchdog.step)
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
@@ -160,6 +165,8 @@ class AfterStep(pl.Callback):
             )
             return
         numbers: dict[str, float] = {}
+        if agreed.stop and not last and (measure or draw or inline):  # its time may be over before these are
+            self._save(trainer, module, False, False)
         if self.whole is not None and (measure or draw or inline):
             self.whole.refresh()
         if (measure or draw) and self.rank == 0:

@@ -235,31 +235,32 @@ class Run:
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if sharded:
             after.whole = self._whole()
-        if self.rank == 0:
-            self._begin(world, device, plan, loader.num_workers)
-            after.sink = self.sink
-        if (cfg.trainer.compile == "auto" and device.type == "cuda" and not sharded) or cfg.trainer.compile is True:
-            objective.compile(fullgraph=True, dynamic=False)
-        if cfg.trainer.checkpointing:
-            objective.checkpoint_blocks()
-        after.started = time.monotonic()
-        if self.start < self.total_steps:
-            after.watch(self.start, world > 1)
-            try:
+        after.watch(self.start, world)
+        try:
+            if self.rank == 0:
+                self._begin(world, device, plan, loader.num_workers)
+                after.sink = self.sink
+            if (cfg.trainer.compile == "auto" and device.type == "cuda" and not sharded) or cfg.trainer.compile is True:
+                objective.compile(fullgraph=True, dynamic=False)
+            if cfg.trainer.checkpointing:
+                objective.checkpoint_blocks()
+            after.started = time.monotonic()
+            if self.start < self.total_steps:
+                after.meet()
                 trainer.fit(self.module, loader)
-            except torch.OutOfMemoryError as error:
-                raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
-            except RuntimeError as error:
-                if world == 1 or not peer_is_gone(error):
-                    raise
-                raise RunStopped(
-                    f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
-                    f"says why it ended ({' '.join(str(error).split())[:120]}); the last checkpoint stands, and the "
-                    "same command continues from it",
-                    7,
-                ) from error
-            finally:
-                after.watchdog.stop()
+        except torch.OutOfMemoryError as error:
+            raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
+        except RuntimeError as error:
+            if world == 1 or not peer_is_gone(error):
+                raise
+            raise RunStopped(
+                f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
+                f"says why it ended ({' '.join(str(error).split())[:120]}); the last checkpoint stands, and the "
+                "same command continues from it",
+                7,
+            ) from error
+        finally:
+            after.watchdog.stop()
         if after.stopped is not None:
             raise after.stopped
         return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
