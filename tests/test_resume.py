@@ -105,6 +105,26 @@ def test_a_deliberate_change_is_recorded(tmp_path):
     assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000003"
 
 
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_damaged_checkpoint_costs_no_good_one_and_without_any_the_run_is_refused(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "r" / "checkpoints"
+    words = ("max_steps=6", "checkpoint.every_n_steps=4", "knn.every_n_steps=0")
+    runs.run_here(tmp_path / "r", *words)
+    spoil(folder / "step-000000006")
+    monkeypatch.setenv("SELFSIGHT_FAULTS", "step.forward:term@4")
+    with pytest.raises(loop.RunStopped, match="stopped by a signal at step 5"):
+        runs.run_here(tmp_path / "r", *words, "checkpoint.keep_last=1")
+    assert "set aside as damaged-step-000000006" in capsys.readouterr().out
+    assert checkpoint.newest(folder).name == "step-000000005"
+    spoil(folder / "step-000000005")
+    with pytest.raises(checkpoint.CheckpointError, match="train from the start in another run_dir"):
+        runs.run_here(tmp_path / "r", *words)
+
+
+def spoil(path):
+    (path / "model.safetensors").write_bytes(b"")
+
+
 def test_the_step_to_continue_from_is_compared_between_processes(tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(loop, "same_start", lambda step, device: steps.append(step))

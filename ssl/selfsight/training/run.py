@@ -70,7 +70,7 @@ class Run:
         self.cfg, self.flag, self.dir, self.sink, self.began = cfg, flag, Path(cfg.run_dir), None, None
         self.rank = process_rank()
         self.changes = config.changes(cfg)
-        self.start_path = checkpoint.newest(self.dir / "checkpoints")
+        self.start_path = checkpoint.newest(self.dir / "checkpoints", refuse=True)
         self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
             tried = build_objective(cfg, total_steps=1, steps_per_epoch=1)
@@ -101,6 +101,8 @@ class Run:
             with (self.dir / "changes.jsonl").open("a") as f:
                 f.write(json.dumps({"time": time.strftime("%F %T"), "changes": self.changes}) + "\n")
         checkpoint.clean(self.dir / "checkpoints")
+        for sentence in checkpoint.set_aside(self.dir / "checkpoints", self.start):
+            print(sentence, flush=True)
         for pattern in LEFTOVERS:
             for path in self.dir.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
