@@ -4,6 +4,7 @@ Training in one and two processes, the index that it builds, `selfsight index`, 
 a user starts. `kill_driver` has the processes, `selfsight.faults` the points.
 """
 
+import functools
 import os
 import random
 import shutil
@@ -272,6 +273,28 @@ def test_a_signal_to_one_process_saves_and_stops_both(two, rank):
     assert "stopped by a signal at step" in job.text()
     two.finish("told")
     count("signals to one of two processes")
+
+
+def other_on_rank_1(other, words, log, env):
+    """The command, with another word in the second process."""
+    if env["RANK"] == "1":
+        words = [word for word in words if word.partition("=")[0] != other.partition("=")[0]] + [other]
+    command(words, log, env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["data.train", "seed"])
+def test_processes_that_would_train_differently_do_not_begin(tmp_path, key):
+    shards = [runs.shard(tmp_path / f"{name}.tar", n) for name, n in (("a", 40), ("b", 48))]
+    other = f"data.train={shards[1]}" if key == "data.train" else "seed=5"
+    target = functools.partial(other_on_rank_1, other)
+    job = Job(words_for(tmp_path, shards[0], 4, 2), tmp_path / "log", ranks=2, target=target)
+    assert job.wait(120) == [2, 2], job.text()
+    said = {
+        "data.train": "a.tar (40 samples), process 1 on shards",
+        "seed": "seed is 0 in process 0 and 5 in process 1: start all",
+    }
+    assert job.text().count(said[key]) == 2 and "Traceback" not in job.text(), job.text()
 
 
 # --- fifty kills ------------------------------------------------------------------------------------------------------

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import ConfigError
 from ..faults import fault
 from ..objectives.objective import Objective
-from . import checkpoint, replay
+from . import checkpoint, meet, replay
 from .evals import Evals
 from .log import Bar, Metrics, Speed, duration, log_line
 from .module import Module
@@ -56,6 +55,8 @@ class Plan:
     keep_best: bool
     max_bad: int
     meta: dict = field(default_factory=dict)  # goes into every checkpoint
+    in_common: dict = field(default_factory=dict)  # what must be the same on all processes
+    data: str = ""  # words for what is trained on
     flops_per_image: float | None = None
     peak_flops: float | None = None  # of all devices together
     hang_minutes: float = 0.0  # 0: no watchdog
@@ -93,7 +94,9 @@ class AfterStep(pl.Callback):
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, module: Module, stage: str) -> None:
-        same_start(module.step, trainer.strategy.root_device)  # the first hook after the process group stands
+        # The first hook after the process group stands.
+        facts = self.plan.in_common | {meet.STEP: module.step}
+        meet.same_start(facts, self.plan.data, trainer.strategy.root_device)
         self.watchdog.enter(START, module.step)
 
     def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
@@ -355,21 +358,6 @@ class AfterStep(pl.Callback):
         self.flag.training = False
         if self.agreement.many:
             dist.barrier()
-
-
-def same_start(step: int, device: torch.device) -> None:
-    """ConfigError on every process when they would continue from different steps."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    steps = [torch.empty((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(steps, torch.tensor(step, device=device))
-    found = [int(s) for s in steps]
-    if len(set(found)) > 1:
-        other = next(rank for rank, s in enumerate(found) if s != found[0])
-        raise ConfigError(
-            f"process 0 would continue from step {found[0]} and process {other} from step {found[other]}: they do not "
-            "see the same checkpoints; put run_dir on a disk that all of them share"
-        )
 
 
 def listed(path: Path) -> set[int]:

@@ -30,7 +30,7 @@ from ..data.stream import Stream
 from ..faults import fault
 from ..objectives import build_objective
 from ..objectives.objective import Objective
-from . import checkpoint, provenance
+from . import checkpoint, meet, provenance
 from .eval_plan import EvalPlan
 from .evals import Evals
 from .flops import peak_flops, step_flops_per_image
@@ -153,6 +153,11 @@ class Run:
             "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
         }  # fmt: skip
 
+    def _in_common(self) -> dict:
+        """What all processes of the run must have in common. Data are known by what they hold, not by their place."""
+        data = [Path(url).name for url in self.source.urls] if self.streaming else self.source.fingerprint
+        return config.in_common(self.cfg) | {meet.DATA: data, "the number of steps": self.total_steps}
+
     def _load(self, objective: Objective) -> tuple[dict[str, Tensor] | None, dict]:
         """Put the newest checkpoint into the objective; returns the optimizer's state and what stands beside it."""
         if self.start_path is None:
@@ -227,6 +232,8 @@ class Run:
         self.module = self.shown = self._module(objective, optimizer_state, meta.get("scaler"))
         plan = self._plan()
         plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
+        plan.in_common = self._in_common()
+        plan.data = self.source.describe + ("" if self.streaming else f" ({self.num_samples:,} samples)")
         after = AfterStep(plan, self.rank, self.flag, self._evaluate)
         after.evals = self.evals
         trainer = make_trainer(cfg, [after])
