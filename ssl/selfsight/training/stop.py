@@ -10,11 +10,14 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+# torch ends processes that wait for half an hour, also for one that evaluates. The watchdog knows the difference.
+FOREVER = timedelta(days=365)
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
 
 
@@ -61,7 +64,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if self.many else None
+        self.group = dist.new_group(backend="gloo", timeout=FOREVER) if self.many else None
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def now(self, stop: int, nonfinite: int, save: int, bad: int) -> Agreed:
