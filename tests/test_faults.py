@@ -288,7 +288,8 @@ def test_processes_that_would_train_differently_do_not_begin(tmp_path, key):
     shards = [runs.shard(tmp_path / f"{name}.tar", n) for name, n in (("a", 40), ("b", 48))]
     other = f"data.train={shards[1]}" if key == "data.train" else "seed=5"
     target = functools.partial(other_on_rank_1, other)
-    words = words_for(tmp_path, shards[0], 4, 2, "allow_change=true")  # or the one that comes late would be refused alone
+    # Or a process that comes late would be refused alone.
+    words = words_for(tmp_path, shards[0], 4, 2, "allow_change=true")
     job = Job(words, tmp_path / "log", ranks=2, target=target)
     assert job.wait(120) == [2, 2], job.text()
     said = {

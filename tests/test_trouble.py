@@ -1,6 +1,8 @@
 """Runs that meet trouble: bad samples, a full disk, a loss that is not finite. Counted, saved, said in a sentence."""
 
+import errno
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from selfsight.data.rng import key_of
 from selfsight.objectives.mae import MAE
 from selfsight.training import checkpoint
 from selfsight.training.log import read_metrics
-from selfsight.training.loop import RunStopped
+from selfsight.training.loop import RunStopped, listed
 
 
 def test_bad_samples_of_a_stream_are_counted_and_listed(tmp_path):
@@ -81,6 +83,70 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, monkeypa
     runs.run_here(tmp_path / "r", "max_steps=3", "knn.every_n_steps=0", "checkpoint.every_n_steps=1")
     assert "checkpoint at step 1 FAILED" in capsys.readouterr().out
     assert sorted(p.name[-1] for p in (tmp_path / "r" / "checkpoints").glob("step-*")) == ["2", "3"]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Files (by name) that take no more than half of the next write until the number of refusals is used up."""
+    refusals, real = {}, Path.open
+
+    def open_(path, mode="r", *args, **kwargs):
+        file = real(path, mode, *args, **kwargs)
+        if refusals.get(path.name) and mode[0] in "aw":
+            refusals[path.name] -= 1
+            write = file.write
+
+            def half(text):
+                write(text[: len(text) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            return Half(file, half)
+        return file
+
+    monkeypatch.setattr(Path, "open", open_)
+    return refusals
+
+
+class Half:
+    """A file whose write fails half-way."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+@pytest.mark.parametrize(("file", "times"), [("metrics.tmp", 2), ("metrics.csv", 1)])
+def test_a_full_disk_costs_no_row_and_does_not_end_a_run(tmp_path, full_disk, capsys, file, times):
+    full_disk[file] = times
+    runs.run_here(tmp_path / "r", "max_steps=4", "knn.every_n_steps=0", "checkpoint.every_n_steps=9")
+    said = capsys.readouterr().out
+    assert said.count("metrics.csv cannot be written (No space left on device): the run goes on") == 1
+    assert said.count("metrics.csv is written again, with all lines that waited") == 1
+    rows = read_metrics(tmp_path / "r" / "metrics.csv")
+    assert [row["step"] for row in rows] == list("1234") and all(len(row["loss"]) > 3 for row in rows)
+
+
+def test_a_row_that_waits_is_written_before_the_checkpoint(tmp_path, full_disk):
+    full_disk["metrics.csv"] = 1
+    words = ("max_steps=2", "log_every_n_steps=2", "knn.every_n_steps=0")
+    runs.run_here(tmp_path / "r", *words, without=("log_every_n_steps",))
+    (row,) = read_metrics(tmp_path / "r" / "metrics.csv")
+    assert row["step"] == "2" and row["images_per_second"]
+
+
+def test_a_full_disk_loses_no_bad_sample(tmp_path, full_disk, capsys):
+    pattern = runs.shard(tmp_path / "a.tar", 24, bad=(3, 9, 17))
+    full_disk["skipped.jsonl"] = 2
+    words = ("data=shards", f"data.train={pattern}", "max_steps=3", "knn.every_n_steps=0")
+    runs.run_here(tmp_path / "r", *words, without=runs.SCENES)
+    said = capsys.readouterr().out
+    assert said.count("skipped.jsonl cannot be written") == 1 and said.count("skipped.jsonl is written again") == 1
+    assert listed(tmp_path / "r" / "skipped.jsonl") == {3, 9, 17}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
