@@ -2,6 +2,8 @@
 
 import errno
 import functools
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from safetensors.torch import load_file, save_file
 import runs
 from selfsight import cli
 from selfsight.config import ConfigError
+from selfsight.data.manifest import Shards
 from selfsight.data.rng import key_of
 from selfsight.objectives.mae import MAE
 from selfsight.training import checkpoint
 from selfsight.training.log import read_metrics
 from selfsight.training.loop import RunStopped, listed
+from selfsight.training.stop import loader_is_gone
 
 
 def test_bad_samples_of_a_stream_are_counted_and_listed(tmp_path):
@@ -223,3 +227,31 @@ def test_a_step_that_was_not_finite_is_repeated(tmp_path, capsys):
     assert "the first output that is not finite is that of teacher.backbone.timm.patch_embed.proj\n" in said
     assert cli.main(None, ["replay", "batch=runs/x/other.safetensors"]) == 2
     assert "other.safetensors is not a saved step" in capsys.readouterr().err
+
+
+def test_a_loader_process_that_the_system_ends_is_one_sentence_about_memory(tmp_path, monkeypatch, capsys):
+    read, here = Shards.read, os.getpid()
+
+    def out_of_memory(self, id):
+        if os.getpid() != here and torch.utils.data.get_worker_info().id == 1 and (tmp_path / "now").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, id)
+
+    monkeypatch.setattr(Shards, "read", out_of_memory)
+    words = [*runs.TINY, f"run_dir={tmp_path / 'r'}", "knn.every_n_steps=0", "num_workers=2", "max_steps=40"]
+    words = [word for word in words if word != "num_workers=0"]
+    monkeypatch.setattr(checkpoint, "prune", lambda *_: (tmp_path / "now").touch())
+    assert runs.with_handlers_put_back(lambda: cli.main("train", [*words, "checkpoint.every_n_steps=2"])) == 6
+    said = capsys.readouterr().err
+    assert said.startswith("stopped: a loader process was ended by the system (Killed, as it does when memory runs out")
+    assert "use fewer than num_workers=2" in said and said.count("\n") == 1
+    assert checkpoint.newest(tmp_path / "r" / "checkpoints") is not None
+
+
+def test_another_error_of_a_loader_is_not_taken_for_one_that_was_ended():
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+    later = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    later.__cause__ = killed
+    assert loader_is_gone(killed) == loader_is_gone(later) == "Bus error"
+    assert loader_is_gone(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
+    assert loader_is_gone(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")) == "no reason is known"

@@ -43,7 +43,7 @@ from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
 from .sharded import Whole
 from .start import fill, keep, kept, open_start
-from .stop import StopFlag, peer_is_gone
+from .stop import StopFlag, loader_is_gone, peer_is_gone
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
 SMOKE = 10  # a run of fewer steps is a try-out: it is judged only when knn.every_n_steps is given
@@ -259,6 +259,8 @@ class Run:
             except torch.OutOfMemoryError as error:
                 raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
             except RuntimeError as error:
+                if (how := loader_is_gone(error)) is not None:
+                    raise RunStopped(_loader_gone(how, loader.num_workers), 6) from error
                 if world == 1 or not peer_is_gone(error):
                     raise
                 raise RunStopped(
@@ -476,4 +478,13 @@ def _too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
     return (
         f"{images} images at once do not fit into the memory of {device}; the last checkpoint stands. Use {less[0]} "
         f"(what a step computes stays the same but for what compares images), or {', '.join(less[1:])}"
+    )
+
+
+def _loader_gone(how: str, workers: int) -> str:
+    """What to lower when the system has ended a loader process."""
+    why = {"Killed": ", as it does when memory runs out", "Bus error": ", as it does when /dev/shm is full"}
+    return (
+        f"a loader process was ended by the system ({how}{why.get(how, '')}): use fewer than num_workers={workers}, or "
+        "give the job more memory; the last checkpoint stands, and the same command continues from it"
     )
