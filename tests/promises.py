@@ -47,7 +47,8 @@ from selfsight.objectives import NAMES, build_objective
 from selfsight.objectives.glare import GLARE
 from selfsight.objectives.objective import Objective
 from selfsight.training import sharded
-from selfsight.training.loop import RunStopped, same_start
+from selfsight.training.loop import RunStopped
+from selfsight.training.meet import same_start
 from selfsight.training.module import Module
 from selfsight.training.teacher import is_sharded, local
 from selfsight.views.photo import prepare
@@ -235,7 +236,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1
 def refusal(start: int) -> str:
     """What processes that would continue from these steps are told; nothing if they may."""
     try:
-        same_start(start, torch.device("cpu"))
+        same_start({"step": start}, "", torch.device("cpu"))
     except ConfigError as error:
         return str(error)
     return ""

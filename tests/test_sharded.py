@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import runs
 from selfsight import config
 from selfsight.config import ConfigError
 from selfsight.training.lightning import make_trainer, strategy_of
 from selfsight.training.log import read_metrics
+from selfsight.training.stop import Agreement
 
 WORDS = (
     "objective=dino", "max_steps=6", "knn.every_n_steps=3", "checkpoint.every_n_steps=2", "optim.clip=0.5",
@@ -48,6 +50,17 @@ def test_only_the_watchdog_ends_a_wait(name):
     """torch would end processes that wait for half an hour for one that evaluates."""
     cfg = config.load("train", [f"trainer.strategy={name}"])
     assert strategy_of(cfg, 2, "32-true")._timeout.days > 30
+
+
+def test_only_the_watchdog_ends_the_wait_for_one_that_evaluates(tmp_path, monkeypatch):
+    """The group in which processes agree has a limit of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        group = Agreement().group
+        assert group._get_backend(torch.device("cpu")).options._timeout.days > 30
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

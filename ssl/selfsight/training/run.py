@@ -30,7 +30,7 @@ from ..data.stream import Stream
 from ..faults import fault
 from ..objectives import build_objective
 from ..objectives.objective import Objective
-from . import checkpoint, provenance
+from . import checkpoint, meet, provenance
 from .eval_plan import EvalPlan
 from .evals import Evals
 from .flops import peak_flops, step_flops_per_image
@@ -43,7 +43,7 @@ from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
 from .sharded import Whole
 from .start import fill, keep, kept, open_start
-from .stop import StopFlag, peer_is_gone
+from .stop import StopFlag, loader_is_gone, peer_is_gone
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
 SMOKE = 10  # a run of fewer steps is a try-out: it is judged only when knn.every_n_steps is given
@@ -70,7 +70,7 @@ class Run:
         self.cfg, self.flag, self.dir, self.sink, self.began = cfg, flag, Path(cfg.run_dir), None, None
         self.rank = process_rank()
         self.changes = config.changes(cfg)
-        self.start_path = checkpoint.newest(self.dir / "checkpoints")
+        self.start_path = checkpoint.newest(self.dir / "checkpoints", refuse=True)
         self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
             tried = build_objective(cfg, total_steps=1, steps_per_epoch=1)
@@ -101,6 +101,8 @@ class Run:
             with (self.dir / "changes.jsonl").open("a") as f:
                 f.write(json.dumps({"time": time.strftime("%F %T"), "changes": self.changes}) + "\n")
         checkpoint.clean(self.dir / "checkpoints")
+        for sentence in checkpoint.set_aside(self.dir / "checkpoints", self.start):
+            print(sentence, flush=True)
         for pattern in LEFTOVERS:
             for path in self.dir.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -150,6 +152,11 @@ class Run:
             "seed": self.cfg.seed, "batch_size": self.cfg.batch_size, "chunk": data.chunk, "window": data.window,
             "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
         }  # fmt: skip
+
+    def _in_common(self) -> dict:
+        """What all processes of the run must have in common. Data are known by what they hold, not by their place."""
+        data = [Path(url).name for url in self.source.urls] if self.streaming else self.source.fingerprint
+        return config.in_common(self.cfg) | {meet.DATA: data, "the number of steps": self.total_steps}
 
     def _load(self, objective: Objective) -> tuple[dict[str, Tensor] | None, dict]:
         """Put the newest checkpoint into the objective; returns the optimizer's state and what stands beside it."""
@@ -225,6 +232,8 @@ class Run:
         self.module = self.shown = self._module(objective, optimizer_state, meta.get("scaler"))
         plan = self._plan()
         plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
+        plan.in_common = self._in_common()
+        plan.data = self.source.describe + ("" if self.streaming else f" ({self.num_samples:,} samples)")
         after = AfterStep(plan, self.rank, self.flag, self._evaluate)
         after.evals = self.evals
         trainer = make_trainer(cfg, [after])
@@ -251,6 +260,8 @@ class Run:
         except torch.OutOfMemoryError as error:
             raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
         except RuntimeError as error:
+            if (how := loader_is_gone(error)) is not None:
+                raise RunStopped(_loader_gone(how, loader.num_workers), 6) from error
             if world == 1 or not peer_is_gone(error):
                 raise
             raise RunStopped(
@@ -468,4 +479,13 @@ def _too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
     return (
         f"{images} images at once do not fit into the memory of {device}; the last checkpoint stands. Use {less[0]} "
         f"(what a step computes stays the same but for what compares images), or {', '.join(less[1:])}"
+    )
+
+
+def _loader_gone(how: str, workers: int) -> str:
+    """What to lower when the system has ended a loader process."""
+    why = {"Killed": ", as it does when memory runs out", "Bus error": ", as it does when /dev/shm is full"}
+    return (
+        f"a loader process was ended by the system ({how}{why.get(how, '')}): use fewer than num_workers={workers}, or "
+        "give the job more memory; the last checkpoint stands, and the same command continues from it"
     )
