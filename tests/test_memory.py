@@ -1,17 +1,22 @@
-"""A device whose memory is not enough: what is said, that nothing of it would be refused."""
+"""A device whose memory is not enough: what is said, that nothing of it would be refused, and what shards spare it."""
 
 import re
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 import runs
 from selfsight import config
 from selfsight.objectives import build_objective
+from selfsight.training import run
+from selfsight.training.judge import Judge
 from selfsight.training.lightning import precision_of, strategy_of
 from selfsight.training.loop import RunStopped
 from selfsight.training.module import Module
-from selfsight.training.run import _too_large
+from selfsight.training.run import Run, _too_large
+from selfsight.training.sharded import Whole
+from selfsight.training.stop import StopFlag
 
 NO_LOOKS = ("knn.every_n_steps=0", "pictures.every_n_steps=0")
 
@@ -84,3 +89,43 @@ def test_advice_covers_what_helps():
     for word in ("max_batch_per_device=2", "precision=bf16-mixed", "checkpointing=true", "strategy=fsdp", "adapt=lora"):
         assert word in said
     assert "1 image at once does not fit" in _too_large(cfg, 2, 4, torch.device("cpu"))
+
+
+# --- a run that is sharded: the twin with whole weights ------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """A run of one process is taken for a sharded one: it has a twin, and is judged by it."""
+    monkeypatch.setattr(run, "ModelParallelStrategy", SingleDeviceStrategy)
+
+
+def test_a_sharded_run_is_exported_from_main_memory(tmp_path, monkeypatch, sharded):
+    """Tensors on the meta device cannot be written, so nothing may have been sent to where the judge looks."""
+
+    class Elsewhere(Judge):
+        def __init__(self, cfg, module, device, **kwargs):
+            super().__init__(cfg, module, torch.device("meta"), **kwargs)
+
+    monkeypatch.setattr(run, "Judge", Elsewhere)
+    runs.run_here(tmp_path / "r", "objective=dino", "max_steps=1", *NO_LOOKS)
+    assert (tmp_path / "r" / "export" / "model.safetensors").exists()
+
+
+def test_the_twin_leaves_its_device_before_the_first_step_and_after_each_look(tmp_path, monkeypatch, sharded):
+    events = []
+    for owner, name in ((Judge, "evaluate"), (Whole, "rest"), (Module, "training_step")):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, n=name, f=own, **k: (events.append(n), f(*a, **k))[1])
+    runs.run_here(tmp_path / "r", "max_steps=2", "knn.every_n_steps=1")
+    looks = [i for i, event in enumerate(events) if event == "evaluate"]
+    assert len(looks) == 3 and all(events[i + 1] == "rest" for i in looks), events
+
+
+def test_only_the_backbone_of_a_twin_goes_to_the_device_for_k_nn(tmp_path):
+    cfg = config.load("train", [*runs.TINY, "objective=dino", f"run_dir={tmp_path}", "max_steps=1"])
+    made = runs.with_handlers_put_back(lambda: Run(cfg, StopFlag()))
+    twin = made._module(build_objective(cfg, total_steps=1, steps_per_epoch=1))
+    judge = Judge(cfg, twin, torch.device("meta"), train=None, val=None, batch_at=None, folder=tmp_path, measure=False)
+    moved = {id(p) for p in judge.backbone().parameters()}
+    assert moved and all(p.is_meta == (id(p) in moved) for p in twin.parameters())

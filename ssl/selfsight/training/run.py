@@ -238,6 +238,8 @@ class Run:
         if self.rank == 0:
             self._begin(world, device, plan, loader.num_workers)
             after.sink = self.sink
+        if sharded:
+            after.whole.rest()  # it was looked at as the run begins
         if (cfg.trainer.compile == "auto" and device.type == "cuda" and not sharded) or cfg.trainer.compile is True:
             objective.compile(fullgraph=True, dynamic=False)
         if cfg.trainer.checkpointing:
@@ -262,7 +264,11 @@ class Run:
                 after.watchdog.stop()
         if after.stopped is not None:
             raise after.stopped
-        return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
+        if self.rank != 0:
+            return {}
+        if sharded:  # the shards and moments are still on the device
+            self.judge.device = torch.device("cpu")
+        return self._finish(world, device, after.seconds())
 
     def _stands(self) -> str:
         """Where the same command goes on after a run that ended early."""
