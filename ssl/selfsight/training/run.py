@@ -41,7 +41,7 @@ from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
-from .sharded import Whole
+from .sharded import Whole, goes_with_shards
 from .start import fill, keep, kept, open_start
 from .stop import StopFlag, loader_is_gone, peer_is_gone
 
@@ -249,6 +249,8 @@ class Run:
             if self.rank == 0:
                 self._begin(world, device, plan, loader.num_workers)
                 after.sink = self.sink
+            if sharded:
+                after.whole.rest()  # it was looked at as the run begins
             if (cfg.trainer.compile == "auto" and device.type == "cuda" and not sharded) or cfg.trainer.compile is True:
                 objective.compile(fullgraph=True, dynamic=False)
             if cfg.trainer.checkpointing:
@@ -258,23 +260,34 @@ class Run:
                 after.meet()
                 trainer.fit(self.module, loader)
         except torch.OutOfMemoryError as error:
-            raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
+            why = _too_large(cfg, world, plan.micro_batches, device)
+            raise RunStopped(f"{why}. {self._stands()}", 6) from error
         except RuntimeError as error:
             if (how := loader_is_gone(error)) is not None:
-                raise RunStopped(_loader_gone(how, loader.num_workers), 6) from error
+                raise RunStopped(f"{_loader_gone(how, loader.num_workers)}. {self._stands()}", 6) from error
             if world == 1 or not peer_is_gone(error):
                 raise
             raise RunStopped(
                 f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
-                f"says why it ended ({' '.join(str(error).split())[:120]}); the last checkpoint stands, and the "
-                "same command continues from it",
+                f"says why it ended ({' '.join(str(error).split())[:120]}). {self._stands()}",
                 7,
             ) from error
         finally:
             after.watchdog.stop()
         if after.stopped is not None:
             raise after.stopped
-        return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
+        if self.rank != 0:
+            return {}
+        if sharded:  # the shards and moments are still on the device
+            self.judge.device = torch.device("cpu")
+        return self._finish(world, device, after.seconds())
+
+    def _stands(self) -> str:
+        """Where the same command goes on after a run that ended early."""
+        path = checkpoint.newest(self.dir / "checkpoints")
+        if path is None:
+            return "No checkpoint has been written yet: the same command begins again"
+        return f"The checkpoint of step {int(path.name.split('-')[1]):,} stands, and the same command continues from it"
 
     def _module(self, objective: Objective, optimizer_state: dict | None = None, scaler: dict | None = None) -> Module:
         o = self.cfg.optim
@@ -412,7 +425,16 @@ class Run:
             print(f"{which}: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
 
     def _evaluate(self, step: int, measure: bool, draw: bool) -> dict[str, float]:
-        numbers = self.judge.evaluate(step, measure, draw)
+        try:
+            numbers = self.judge.evaluate(step, measure, draw)
+        except torch.OutOfMemoryError as error:
+            looks = [name for name, due in (("knn", measure), ("pictures", draw)) if due]
+            off = " ".join(f"{name}.every_n_steps=0" for name in looks)
+            raise RunStopped(
+                f"judging step {step} ({', '.join(looks)}) does not fit into the memory of {self.judge.device} beside "
+                f"the training: use {off}, and evaluate the export. {self._stands()}",
+                6,
+            ) from error
         if draw and self.sink is not None:
             self.sink.pictures(sorted((self.dir / "pictures").glob(f"*-{step:07d}.png")), step)
         return numbers
@@ -469,16 +491,20 @@ def workers_for(wanted: int | None, local_world: int, on_gpu: bool) -> int:
 
 
 def _too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
-    """What to lower when the memory of a device is not enough; the batch stays the same in all of it."""
-    images = cfg.batch_size // (world * micro)
+    """What to lower when the memory of a device is not enough, nothing that would be refused; the batch stays the same
+    in all of it."""
+    images, t, whole = cfg.batch_size // (world * micro), cfg.trainer, cfg.adapt.name == "none"
+    walked, precision = cfg.backbone.family != "timm", precision_of(t.precision, device.type == "cuda")
     less = [f"trainer.max_batch_per_device={images // 2}"] if images > 1 else []
-    less += ["trainer.precision=bf16-mixed"] if precision_of(cfg.trainer.precision, True) == "32-true" else []
-    less += ["trainer.checkpointing=true"] if not cfg.trainer.checkpointing else []
-    less += ["trainer.strategy=fsdp"] if world > 1 and cfg.trainer.strategy != "fsdp" else []
-    less += ["adapt=lora", "a smaller backbone"]
+    less += ["trainer.precision=bf16-mixed"] if precision == "32-true" else []
+    less += ["trainer.checkpointing=true"] if walked and not t.checkpointing else []
+    less += ["trainer.strategy=fsdp"] if world > 1 and t.strategy != "fsdp" and goes_with_shards(cfg, precision) else []
+    fresh = ["adapt=lora"] if walked and whole and t.strategy != "fsdp" else []
+    fresh += ["a smaller backbone", "a smaller image_size"]
+    now = f"use {' or '.join(less)} (a step computes the same but for what compares images), or " if less else ""
     return (
-        f"{images} images at once do not fit into the memory of {device}; the last checkpoint stands. Use {less[0]} "
-        f"(what a step computes stays the same but for what compares images), or {', '.join(less[1:])}"
+        f"{images} image{'s' if images > 1 else ''} at once do{'' if images > 1 else 'es'} not fit into the memory of "
+        f"{device}: {now}begin another run with {' or '.join(fresh)}"
     )
 
 
@@ -487,5 +513,5 @@ def _loader_gone(how: str, workers: int) -> str:
     why = {"Killed": ", as it does when memory runs out", "Bus error": ", as it does when /dev/shm is full"}
     return (
         f"a loader process was ended by the system ({how}{why.get(how, '')}): use fewer than num_workers={workers}, or "
-        "give the job more memory; the last checkpoint stands, and the same command continues from it"
+        "give the job more memory"
     )

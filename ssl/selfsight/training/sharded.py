@@ -49,6 +49,15 @@ def refuse(cfg: Any, precision: str) -> None:
             raise ConfigError(f"trainer.strategy=fsdp does not go together with {words}: {why}; use {instead}")
 
 
+def goes_with_shards(cfg: Any, precision: str) -> bool:
+    """Whether nothing is there to be refused."""
+    try:
+        refuse(cfg, precision)
+    except ConfigError:
+        return False
+    return True
+
+
 def shard(objective: Objective, mesh: DeviceMesh) -> None:
     """Cut an objective into shards over the processes of a mesh, in place; `loss` is then a collective."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
