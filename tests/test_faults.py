@@ -312,6 +312,26 @@ def test_a_signal_to_one_process_saves_and_stops_both(two, rank):
     count("signals to one of two processes")
 
 
+def two_ctrl_c(words, log, env):
+    """The command, with Ctrl-C twice while the checkpoint of step 2 is being written."""
+
+    def pressed(point, step=None):
+        if (point, step) == ("checkpoint.written", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoint.fault = pressed
+    command(words, log, env)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_the_last_checkpoint_stands(one):
+    job = one.job("twice", target=two_ctrl_c)
+    assert job.wait() == [128 + signal.SIGINT], job.text()
+    assert "SIGINT: saving at the next step boundary" in job.text() and "Traceback" not in job.text()
+    assert checkpoint.newest(one.root / "twice/run/checkpoints").name == "step-000000001"
+    one.finish("twice")
+
+
 def other_on_rank_1(other, words, log, env):
     """The command, with another word in the second process."""
     if env["RANK"] == "1":
