@@ -237,6 +237,7 @@ FILES = ("train.sbatch", "train_cpu.sbatch", "probe.sbatch")
         (143, "", {}, ""),  # Slurm does not answer
         (138, "RUNNING", {"SLURM_RESTART_COUNT": "3", "SELFSIGHT_MAX_REQUEUES": "3"}, ""),
         (138, "RUNNING", {"SLURM_RESTART_COUNT": "2", "SELFSIGHT_MAX_REQUEUES": "3"}, "20007"),
+        (138, "RUNNING", {"SELFSIGHT_MAX_REQUEUES": "0"}, ""),  # at its first start a job has no count
         (0, "RUNNING", {}, ""),
         (1, "RUNNING", {}, ""),
         (137, "RUNNING", {}, ""),
@@ -250,7 +251,7 @@ def test_a_job_goes_back_into_the_queue_when_it_was_told_to_stop_and_not_cancell
     number = "20005_2" if "SLURM_ARRAY_JOB_ID" in env else "20007"
     asked = [f"squeue --noheader --jobs={number} --format=%T"] if code in (138, 143) else []
     assert calls == asked + ([f"scontrol requeue {requeued}"] if requeued else []), done
-    assert ("requeued" in done.stdout) == (code in (138, 143) and not requeued)
+    assert ("requeued" in done.stdout) == (code in (138, 143) and not requeued) and not done.stderr
 
 
 @pytest.mark.parametrize("file", FILES)
