@@ -138,7 +138,9 @@ REFUSED = (
     ("train", ("trainer.accelerator=cpu", "launcher.gpus_per_node=4"), "disagree"),
     ("train", ("trainer.accelerator=gpu", "launcher.gpus_per_node=0"), "disagree"),
     ("train", ("launcher.gpus_per_node=4", "launcher.tasks_per_node=2"), "every GPU has one process"),
-    ("train", ("launcher.minutes=3", "launcher.signal_seconds=180"), "leaves nothing of launcher.minutes=3"),
+    ("train", ("launcher.minutes=4",), "minutes=4 leaves no time .* comes 180 s .* give launcher.minutes=5 or more"),
+    ("train", ("launcher.minutes=6", "launcher.signal_seconds=300"), "launcher.minutes=7 or more"),
+    ("probe", ("checkpoint=a", "launcher.minutes=2"), "comes 60 s before .* give launcher.minutes=3 or more"),
     ("train", ("launcher.sbatch=[account=x]",), r"launcher.sbatch=.*: expected options such as"),
     ("train", ("run_dir=a%b",), "with % or"),
     ("train", ("-m", "run_dir=a", "seed=0,1"), "several tasks would write a: give run_dir= with as many values"),
@@ -147,6 +149,11 @@ REFUSED = (
     ("probe", ("-m", "checkpoint=a", "seed=0,1"), "several tasks would write probes/knn.json: give out="),
     ("bench", (), "launcher=slurm is for train and probe"),
 )
+
+
+def test_the_shortest_jobs_have_time_before_they_are_told_to_stop(capsys):
+    assert options(dry(capsys, "train", "launcher.minutes=5"))["time"] == "5"
+    assert options(dry(capsys, "probe", "checkpoint=a", "launcher.minutes=3"))["time"] == "3"
 
 
 @pytest.mark.parametrize(("command", "words", "sentence"), REFUSED)
