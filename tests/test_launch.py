@@ -76,6 +76,13 @@ def test_the_script_is_the_template_and_valid_shell(capsys, command):
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+def test_options_of_sbatch_are_taken_as_they_are(capsys):
+    said = "launcher.sbatch=['-C gpu=a100', '--constraint=a=b', '-x n1', --exclusive]"
+    lines = dry(capsys, "train", said).splitlines()
+    for line in ("-C gpu=a100", "--constraint=a=b", "-x n1", "--exclusive"):
+        assert f"#SBATCH {line}" in lines
+
+
 def test_without_gpus_there_is_one_process_per_node(capsys):
     said = options(script := dry(capsys, "train", "trainer.accelerator=cpu", "launcher.nodes=3", "batch_size=30"))
     assert "gpus-per-node" not in said and (said["nodes"], said["ntasks-per-node"]) == ("3", "1")

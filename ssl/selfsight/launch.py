@@ -223,8 +223,9 @@ def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
     if len(rows) > 1:
         options["array"] = f"0-{len(rows) - 1}" + (f"%{launcher.max_running}" if launcher.max_running else "")
     for option in launcher.sbatch:
-        name, _, value = option.removeprefix("--").partition("=")
-        options[name if option.startswith("--") else option] = value or None
+        name, equals, value = option.removeprefix("--").partition("=")
+        whole = not option.startswith("--")  # -C gpu=a100: a short one, whose value may have a sign of its own
+        options[option if whole else name] = value if equals and not whole else None
     lines = [
         f"export SELFSIGHT_PYTHON={shlex.quote(sys.executable)}",
         f"export PYTHONPATH={shlex.quote(str(source_dir()))}${{PYTHONPATH:+:$PYTHONPATH}}",
