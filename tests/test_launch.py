@@ -92,9 +92,14 @@ def test_without_gpus_there_is_one_process_per_node(capsys):
 
 def test_words_survive_the_shell(capsys, tmp_path):
     odd = "data.train='/d/a b/{0..1}.tar,$HOME'"
-    script = dry(capsys, "train", "data=shards", odd, f"run_dir={tmp_path}/it's a run")
-    assert odd in job_words(script)[0] and f"run_dir={tmp_path}/it's a run" in job_words(script)[0]
-    assert options(script)["output"] == f'"{tmp_path}/it\'s a run/slurm/%j.log"'
+    script = dry(capsys, "train", "data=shards", odd, f"run_dir={tmp_path}/a $HOME run")
+    assert odd in job_words(script)[0] and f"run_dir={tmp_path}/a $HOME run" in job_words(script)[0]
+    assert options(script)["output"] == f'"{tmp_path}/a $HOME run/slurm/%j.log"'
+
+
+def test_a_job_is_named_after_its_run_folder_in_letters_that_slurm_takes(capsys):
+    for folder, name in (("vit_lr0.001", "vit_lr0.001"), ("größe (2) & more", "gr_e_2_more")):
+        assert options(dry(capsys, "train", f"run_dir=/tmp/{folder}"))["job-name"] == f"selfsight-{name}"
 
 
 def test_multirun_is_an_array(capsys):
@@ -149,7 +154,11 @@ REFUSED = (
     ("train", ("launcher.minutes=6", "launcher.signal_seconds=300"), "launcher.minutes=7 or more"),
     ("probe", ("checkpoint=a", "launcher.minutes=2"), "comes 60 s before .* give launcher.minutes=3 or more"),
     ("train", ("launcher.sbatch=[account=x]",), r"launcher.sbatch=.*: expected options such as"),
-    ("train", ("run_dir=a%b",), "with % or"),
+    ("train", ("run_dir=a%b",), r"a%b/slurm: Slurm cannot write logs to a folder with % in its name; give run_dir="),
+    ("train", ("run_dir=it's",), "with ' in its name"),
+    ("train", ('run_dir=an "odd" one',), 'with " in its name'),
+    ("train", ("run_dir=run #1",), "with # in its name"),
+    ("probe", ("checkpoint=a", "out=run#1"), "with # in its name; give out= without"),
     ("train", ("-m", "run_dir=a", "seed=0,1"), "several tasks would write a: give run_dir= with as many values"),
     ("train", ("-m", "launcher.nodes=1,2"), "it takes no lists"),
     ("probe", ("checkpoint=a", "launcher.nodes=2"), "a probe is one process"),

@@ -205,10 +205,13 @@ def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
     launcher, (gpus, tasks), place = cfg.launcher, _per_node(cfg), _place(command, cfg).expanduser().absolute()
     folder = (place if command == "train" else place.parent) / "slurm"
     log = str(folder / ("%A_%a.log" if len(rows) > 1 else "%j.log"))
-    if "%" in str(folder) or "\\" in str(folder):  # Slurm's own signs in names of logs
-        raise ConfigError(f"{folder}: Slurm cannot write logs to a folder with % or \\ in its name; give another one")
+    if found := re.search(r"[%\\'\"#\n]", str(folder)):  # Slurm's signs in names of logs, and in lines of options
+        raise ConfigError(
+            f"{folder}: Slurm cannot write logs to a folder with {found[0]} in its name; give "
+            f"{'run_dir' if command == 'train' else 'out'}= without any of % \\ ' \" #"
+        )
     options = {
-        "job-name": f"selfsight-{place.stem if command == 'train' else 'probe'}",
+        "job-name": f"selfsight-{re.sub(r'[^A-Za-z0-9_.-]+', '_', place.name) if command == 'train' else 'probe'}",
         "nodes": str(launcher.nodes),
         "gpus-per-node": str(gpus or ""),
         "ntasks-per-node": str(tasks),
