@@ -17,11 +17,11 @@ SLURM = ("launcher=slurm",)
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
-    """Stand-ins: sbatch keeps the script and prints a number, or fails with `refuse`; squeue says `queue`."""
+    """Stand-ins: sbatch keeps the script and prints a number, or fails with `refuse`; squeue says `queue` of it."""
     texts = {
         "sbatch": 'cp "$2" "$STAND_IN/script"; echo >> "$STAND_IN/calls"\n'
         'test -e "$STAND_IN/refuse" && { cat "$STAND_IN/refuse" >&2; exit 1; }\necho "41;here"\n',
-        "squeue": 'cat "$STAND_IN/queue"\n',
+        "squeue": 'case " $* " in *" --jobs=41 "*) cat "$STAND_IN/queue";; esac\n',
     }
     for name, text in texts.items():
         path = tmp_path / "bin" / name
@@ -76,6 +76,13 @@ def test_the_script_is_the_template_and_valid_shell(capsys, command):
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+def test_options_of_sbatch_are_taken_as_they_are(capsys):
+    said = "launcher.sbatch=['-C gpu=a100', '--constraint=a=b', '-x n1', --exclusive]"
+    lines = dry(capsys, "train", said).splitlines()
+    for line in ("-C gpu=a100", "--constraint=a=b", "-x n1", "--exclusive"):
+        assert f"#SBATCH {line}" in lines
+
+
 def test_without_gpus_there_is_one_process_per_node(capsys):
     said = options(script := dry(capsys, "train", "trainer.accelerator=cpu", "launcher.nodes=3", "batch_size=30"))
     assert "gpus-per-node" not in said and (said["nodes"], said["ntasks-per-node"]) == ("3", "1")
@@ -85,9 +92,14 @@ def test_without_gpus_there_is_one_process_per_node(capsys):
 
 def test_words_survive_the_shell(capsys, tmp_path):
     odd = "data.train='/d/a b/{0..1}.tar,$HOME'"
-    script = dry(capsys, "train", "data=shards", odd, f"run_dir={tmp_path}/it's a run")
-    assert odd in job_words(script)[0] and f"run_dir={tmp_path}/it's a run" in job_words(script)[0]
-    assert options(script)["output"] == f'"{tmp_path}/it\'s a run/slurm/%j.log"'
+    script = dry(capsys, "train", "data=shards", odd, f"run_dir={tmp_path}/a $HOME run")
+    assert odd in job_words(script)[0] and f"run_dir={tmp_path}/a $HOME run" in job_words(script)[0]
+    assert options(script)["output"] == f'"{tmp_path}/a $HOME run/slurm/%j.log"'
+
+
+def test_a_job_is_named_after_its_run_folder_in_letters_that_slurm_takes(capsys):
+    for folder, name in (("vit_lr0.001", "vit_lr0.001"), ("größe (2) & more", "gr_e_2_more")):
+        assert options(dry(capsys, "train", f"run_dir=/tmp/{folder}"))["job-name"] == f"selfsight-{name}"
 
 
 def test_multirun_is_an_array(capsys):
@@ -138,15 +150,26 @@ REFUSED = (
     ("train", ("trainer.accelerator=cpu", "launcher.gpus_per_node=4"), "disagree"),
     ("train", ("trainer.accelerator=gpu", "launcher.gpus_per_node=0"), "disagree"),
     ("train", ("launcher.gpus_per_node=4", "launcher.tasks_per_node=2"), "every GPU has one process"),
-    ("train", ("launcher.minutes=3", "launcher.signal_seconds=180"), "leaves nothing of launcher.minutes=3"),
+    ("train", ("launcher.minutes=4",), "minutes=4 leaves no time .* comes 180 s .* give launcher.minutes=5 or more"),
+    ("train", ("launcher.minutes=6", "launcher.signal_seconds=300"), "launcher.minutes=7 or more"),
+    ("probe", ("checkpoint=a", "launcher.minutes=2"), "comes 60 s before .* give launcher.minutes=3 or more"),
     ("train", ("launcher.sbatch=[account=x]",), r"launcher.sbatch=.*: expected options such as"),
-    ("train", ("run_dir=a%b",), "with % or"),
+    ("train", ("run_dir=a%b",), r"a%b/slurm: Slurm cannot write logs to a folder with % in its name; give run_dir="),
+    ("train", ("run_dir=it's",), "with ' in its name"),
+    ("train", ('run_dir=an "odd" one',), 'with " in its name'),
+    ("train", ("run_dir=run #1",), "with # in its name"),
+    ("probe", ("checkpoint=a", "out=run#1"), "with # in its name; give out= without"),
     ("train", ("-m", "run_dir=a", "seed=0,1"), "several tasks would write a: give run_dir= with as many values"),
     ("train", ("-m", "launcher.nodes=1,2"), "it takes no lists"),
     ("probe", ("checkpoint=a", "launcher.nodes=2"), "a probe is one process"),
     ("probe", ("-m", "checkpoint=a", "seed=0,1"), "several tasks would write probes/knn.json: give out="),
     ("bench", (), "launcher=slurm is for train and probe"),
 )
+
+
+def test_the_shortest_jobs_have_time_before_they_are_told_to_stop(capsys):
+    assert options(dry(capsys, "train", "launcher.minutes=5"))["time"] == "5"
+    assert options(dry(capsys, "probe", "checkpoint=a", "launcher.minutes=3"))["time"] == "3"
 
 
 @pytest.mark.parametrize(("command", "words", "sentence"), REFUSED)
@@ -183,10 +206,20 @@ def test_keys_of_jobs_name_their_launcher(capsys):
 
 # --- what a batch file does when its processes have ended ----------------------------------------------------------
 
+# What Slurm is asked is noted; SIGNAL is what the batch file itself is sent while its processes run.
 SRUN = """#!/bin/sh
-for word in "$@"; do case $word in --*) ;; *) printf "<%s>" "$word";; esac; done
+printf "<%s>" "$@"
 echo " threads=$OMP_NUM_THREADS cpus=$SRUN_CPUS_PER_TASK address=$MASTER_ADDR port=$MASTER_PORT"
+test -z "$SIGNAL" || kill -s "$SIGNAL" "$PPID"
 exit "$CODE"
+"""
+SQUEUE = """#!/bin/sh
+echo "squeue $*" >> "$STAND_IN/calls"
+test -n "$STATE" && echo "$STATE"
+"""
+SCONTROL = """#!/bin/sh
+test "$1" = show && { printf "n1\\nn2\\n"; exit; }
+echo "scontrol $*" >> "$STAND_IN/calls"
 """
 IN_JOB = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2",
           "SLURM_CPUS_PER_TASK": "3", "SELFSIGHT_PYTHON": "python", "SLURM_SUBMIT_DIR": str(runs.ROOT)}  # fmt: skip
@@ -194,13 +227,9 @@ IN_JOB = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NTASKS
 
 @pytest.fixture
 def batch(tmp_path):
-    """Runs a batch file with stand-ins: srun ends with a code, squeue knows a state, scontrol notes what it is told."""
-    texts = {
-        "srun": SRUN,
-        "squeue": '#!/bin/sh\ntest -n "$STATE" && echo "$STATE"\n',
-        "scontrol": '#!/bin/sh\ntest "$1" = show && printf "n1\\nn2\\n" || echo "$@" >> "$STAND_IN/requeued"\n',
-    }
-    for name, text in texts.items():
+    """Runs a batch file with stand-ins: srun ends with a code, squeue knows a state; returns what ended, and the calls
+    of squeue and scontrol."""
+    for name, text in {"srun": SRUN, "squeue": SQUEUE, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -209,39 +238,67 @@ def batch(tmp_path):
         own = {"PATH": f"{tmp_path}:{kept['PATH']}", "STAND_IN": str(tmp_path), "CODE": str(code), "STATE": state}
         argv = ["bash", str(runs.ROOT / "slurm" / file), *words]
         done = subprocess.run(argv, env=kept | own | IN_JOB | env, capture_output=True, text=True, check=False)
-        requeued = tmp_path / "requeued"
-        told = requeued.read_text() if requeued.exists() else ""
-        requeued.unlink(missing_ok=True)
+        calls = tmp_path / "calls"
+        told = calls.read_text().splitlines() if calls.exists() else []
+        calls.unlink(missing_ok=True)
         return done, told
 
     return run
 
 
-@pytest.mark.parametrize("file", ["train.sbatch", "train_cpu.sbatch", "probe.sbatch"])
+FILES = ("train.sbatch", "train_cpu.sbatch", "probe.sbatch")
+
+
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize(
-    ("code", "state", "env", "told"),
+    ("code", "state", "env", "requeued"),
     [
-        (138, "RUNNING", {}, "requeue 20007\n"),  # before the time limit
-        (143, "RUNNING", {}, "requeue 20007\n"),  # preempted
-        (143, "RUNNING", {"SLURM_ARRAY_JOB_ID": "20005", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 20005_2\n"),
+        (138, "RUNNING", {}, "20007"),  # before the time limit
+        (143, "RUNNING", {}, "20007"),  # preempted
+        (143, "RUNNING", {"SLURM_ARRAY_JOB_ID": "20005", "SLURM_ARRAY_TASK_ID": "2"}, "20005_2"),
         (143, "COMPLETING", {}, ""),  # scancel
         (143, "", {}, ""),  # Slurm does not answer
         (138, "RUNNING", {"SLURM_RESTART_COUNT": "3", "SELFSIGHT_MAX_REQUEUES": "3"}, ""),
-        (138, "RUNNING", {"SLURM_RESTART_COUNT": "2", "SELFSIGHT_MAX_REQUEUES": "3"}, "requeue 20007\n"),
+        (138, "RUNNING", {"SLURM_RESTART_COUNT": "2", "SELFSIGHT_MAX_REQUEUES": "3"}, "20007"),
+        (138, "RUNNING", {"SELFSIGHT_MAX_REQUEUES": "0"}, ""),  # at its first start a job has no count
         (0, "RUNNING", {}, ""),
         (1, "RUNNING", {}, ""),
         (137, "RUNNING", {}, ""),
     ],
 )
-def test_a_job_goes_back_into_the_queue_when_it_was_told_to_stop_and_not_cancelled(batch, file, code, state, env, told):
-    done, found = batch(file, "checkpoint=a", code=code, state=state, **env)
-    assert (done.returncode, found) == (code, told), done.stderr
-    assert ("requeued" in done.stdout) == (code in (138, 143) and not told)
+def test_a_job_goes_back_into_the_queue_when_it_was_told_to_stop_and_not_cancelled(
+    batch, file, code, state, env, requeued
+):
+    done, calls = batch(file, "checkpoint=a", code=code, state=state, **env)
+    assert done.returncode == code, done.stderr
+    number = "20005_2" if "SLURM_ARRAY_JOB_ID" in env else "20007"
+    asked = [f"squeue --noheader --jobs={number} --format=%T"] if code in (138, 143) else []
+    assert calls == asked + ([f"scontrol requeue {requeued}"] if requeued else []), done
+    assert ("requeued" in done.stdout) == (code in (138, 143) and not requeued) and not done.stderr
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_shell_of_a_job_outlives_the_signal_that_its_processes_get(batch, file):
+    done, calls = batch(file, "checkpoint=a", code=143, SIGNAL="TERM")
+    assert done.returncode == 143 and calls[-1:] == ["scontrol requeue 20007"], done
+
+
+def test_a_batch_file_asks_for_a_signal_in_time_and_to_be_put_back():
+    train, cpu, probe = (options((runs.ROOT / "slurm" / file).read_text()) for file in FILES)
+    assert train == {
+        "job-name": "selfsight", "nodes": "1", "gpus-per-node": "1", "ntasks-per-node": "1", "cpus-per-task": "8",
+        "time": "24:00:00", "signal": "USR1@180", "requeue": "", "open-mode": "append", "output": "selfsight-%j.log",
+    }  # fmt: skip
+    assert cpu == {name: value for name, value in train.items() if name != "gpus-per-node"}
+    own = {"job-name": "selfsight-probe", "time": "04:00:00", "signal": "USR1@60", "output": "selfsight-probe-%j.log"}
+    assert probe == train | own
 
 
 def test_the_processes_of_a_training_know_their_number_and_where_to_meet(batch):
     done, _ = batch("train.sbatch", "a=b c", SLURM_GPUS_ON_NODE="4")
-    words = "<python><-P><-m><selfsight><train><a=b c><trainer.devices=4><trainer.num_nodes=2>"
+    # One that has saved and ended is no reason to kill the others.
+    words = "<--kill-on-bad-exit=0><--wait=0><python><-P><-m><selfsight><train><a=b c>"
+    words += "<trainer.devices=4><trainer.num_nodes=2>"
     assert re.fullmatch(re.escape(words) + r" threads=1 cpus=3 address=n1 port=1000\d\n", done.stdout), done
     done, _ = batch("train_cpu.sbatch", "a=b c", MASTER_ADDR="10.0.0.1")
     assert "<train><trainer.accelerator=cpu><a=b c>" in done.stdout

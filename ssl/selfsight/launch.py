@@ -105,10 +105,7 @@ def _check(command: str, cfgs: list[Any]) -> None:
     launcher, number = cfgs[0].launcher, os.environ.get("SLURM_STEP_ID", "")
     if number.isdigit() and int(number) < 1 << 31:  # larger ones: the shell of salloc, from which one may submit
         raise ConfigError("launcher=slurm was given to the processes of srun, and each would submit: leave it out")
-    if launcher.minutes and (launcher.signal_seconds or 0) >= 60 * launcher.minutes:
-        raise ConfigError(
-            f"launcher.signal_seconds={launcher.signal_seconds} leaves nothing of launcher.minutes={launcher.minutes}"
-        )
+    _check_minutes(command, launcher)
     if command == "probe":
         for key in ("nodes", "tasks_per_node", "gpus_per_node"):
             if (launcher[key] or 0) > 1:
@@ -121,6 +118,19 @@ def _check(command: str, cfgs: list[Any]) -> None:
     if twice := [place for place, count in where.items() if count > 1]:
         key = "run_dir" if command == "train" else "out"
         raise ConfigError(f"several tasks would write {twice[0]}: give {key}= with as many values, or start them alone")
+
+
+def _check_minutes(command: str, launcher: Any) -> None:
+    """A job that is told to stop when it starts would go through the queue for nothing, again and again."""
+    default = _options(batch_script(command).read_text().splitlines())["signal"] or ""
+    seconds = launcher.signal_seconds or int(default.partition("@")[2])
+    early = seconds + 60  # Slurm may send it up to a minute before
+    if launcher.minutes and 60 * launcher.minutes <= early:
+        raise ConfigError(
+            f"launcher.minutes={launcher.minutes} leaves no time to work: the signal to save comes {seconds} s before "
+            f"the end (launcher.signal_seconds), or up to a minute earlier; give launcher.minutes={early // 60 + 1} or "
+            "more"
+        )
 
 
 def _check_training(cfg: Any) -> None:
@@ -195,10 +205,13 @@ def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
     launcher, (gpus, tasks), place = cfg.launcher, _per_node(cfg), _place(command, cfg).expanduser().absolute()
     folder = (place if command == "train" else place.parent) / "slurm"
     log = str(folder / ("%A_%a.log" if len(rows) > 1 else "%j.log"))
-    if "%" in str(folder) or "\\" in str(folder):  # Slurm's own signs in names of logs
-        raise ConfigError(f"{folder}: Slurm cannot write logs to a folder with % or \\ in its name; give another one")
+    if found := re.search(r"[%\\'\"#\n]", str(folder)):  # Slurm's signs in names of logs, and in lines of options
+        raise ConfigError(
+            f"{folder}: Slurm cannot write logs to a folder with {found[0]} in its name; give "
+            f"{'run_dir' if command == 'train' else 'out'}= without any of % \\ ' \" #"
+        )
     options = {
-        "job-name": f"selfsight-{place.stem if command == 'train' else 'probe'}",
+        "job-name": f"selfsight-{re.sub(r'[^A-Za-z0-9_.-]+', '_', place.name) if command == 'train' else 'probe'}",
         "nodes": str(launcher.nodes),
         "gpus-per-node": str(gpus or ""),
         "ntasks-per-node": str(tasks),
@@ -213,8 +226,9 @@ def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
     if len(rows) > 1:
         options["array"] = f"0-{len(rows) - 1}" + (f"%{launcher.max_running}" if launcher.max_running else "")
     for option in launcher.sbatch:
-        name, _, value = option.removeprefix("--").partition("=")
-        options[name if option.startswith("--") else option] = value or None
+        name, equals, value = option.removeprefix("--").partition("=")
+        whole = not option.startswith("--")  # -C gpu=a100: a short one, whose value may have a sign of its own
+        options[option if whole else name] = value if equals and not whole else None
     lines = [
         f"export SELFSIGHT_PYTHON={shlex.quote(sys.executable)}",
         f"export PYTHONPATH={shlex.quote(str(source_dir()))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -248,13 +262,18 @@ def _is_of(word: str, keys: Sequence[str]) -> bool:
 def _script(template: Path, plan: Plan) -> str:
     """The template with the plan's options (empty: taken out; None: one without a value) and lines before its own."""
     lines = template.read_text().splitlines()
-    found = {i: line.removeprefix("#SBATCH --").partition("=") for i, line in enumerate(lines) if "#SBATCH --" in line}
-    options: dict[str, str | None] = {name: value if equals else None for name, equals, value in found.values()}
-    options |= plan.options
+    last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH --"))
+    options = _options(lines) | plan.options
     made = [f"#SBATCH {name if name.startswith('-') else f'--{name}'}" + ("" if value is None else f"={_quote(value)}")
             for name, value in options.items() if value != ""]  # fmt: skip
     head = [lines[0], f"# slurm/{template.name}, filled in by launcher=slurm"]
-    return "\n".join([*head, *made, *plan.lines, *lines[max(found) + 1 :]]) + "\n"
+    return "\n".join([*head, *made, *plan.lines, *lines[last + 1 :]]) + "\n"
+
+
+def _options(lines: Sequence[str]) -> dict[str, str | None]:
+    """What a template asks of sbatch; None: an option without a value."""
+    found = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH --")]
+    return {name: value if equals else None for name, equals, value in found}
 
 
 def _quote(value: str) -> str:
