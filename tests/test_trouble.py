@@ -296,3 +296,19 @@ def test_another_error_of_a_loader_is_not_taken_for_one_that_was_ended():
     assert loader_is_gone(killed) == loader_is_gone(later) == "Bus error"
     assert loader_is_gone(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
     assert loader_is_gone(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")) == "no reason is known"
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
+    mkdir = Path.mkdir
+
+    def read_only(path, *args, **kwargs):
+        if path == tmp_path / "r":
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    words = [*runs.TINY, f"run_dir={tmp_path / 'r'}", "knn.every_n_steps=0", "max_steps=1"]
+    assert runs.with_handlers_put_back(lambda: cli.main("train", words)) == 2
+    said = capsys.readouterr().err
+    assert f"error: run_dir={tmp_path / 'r'} cannot be written (Read-only file system): give one" in said
+    assert said.count("\n") == 1

@@ -353,7 +353,13 @@ class Run:
     def _begin(self, world: int, device: torch.device, plan: Plan, workers: int) -> None:
         """Rank 0: claim the folder, say what will happen, judge the backbone as it begins."""
         cfg, objective = self.cfg, self.module.objective
-        self._claim_folder()
+        try:
+            self._claim_folder()
+        except OSError as error:
+            raise config.ConfigError(
+                f"run_dir={self.dir} cannot be written ({error.strerror or error}): give one on a disk that has "
+                "room and where you may write"
+            ) from error
         precision = precision_of(cfg.trainer.precision, device.type == "cuda")
         resuming = f"at step {self.start:,} from {self.start_path}" if self.start else None
         print(
