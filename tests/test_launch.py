@@ -135,6 +135,14 @@ def test_a_job_is_submitted_once(sbatch, capsys):
     assert (sbatch / "calls").read_text() == "\n\n"
 
 
+def test_a_run_folder_at_home_is_one_folder(sbatch, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(sbatch / "home"))
+    monkeypatch.chdir(sbatch)
+    assert cli.main("train", [*SLURM, "run_dir=~/run"]) == 0
+    assert f"run_dir={sbatch}/home/run" in job_words((sbatch / "script").read_text())[0]
+    assert (sbatch / "home" / "run" / "slurm" / "job").exists() and not (sbatch / "~").exists()
+
+
 def test_slurms_refusal_is_one_sentence(sbatch, capsys):
     (sbatch / "refuse").write_text("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job failed\n")
     assert cli.main("train", [*SLURM, "launcher.partition=x", f"run_dir={sbatch}/run"]) == 2

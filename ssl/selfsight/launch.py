@@ -202,7 +202,7 @@ def _place(command: str, cfg: Any) -> Path:
 
 def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
     cfg = rows[0][1]
-    launcher, (gpus, tasks), place = cfg.launcher, _per_node(cfg), _place(command, cfg).expanduser().absolute()
+    launcher, (gpus, tasks), place = cfg.launcher, _per_node(cfg), _place(command, cfg).absolute()
     folder = (place if command == "train" else place.parent) / "slurm"
     log = str(folder / ("%A_%a.log" if len(rows) > 1 else "%j.log"))
     if found := re.search(r"[%\\'\"#\n]", str(folder)):  # Slurm's signs in names of logs, and in lines of options
@@ -248,7 +248,7 @@ def _set(command: str, words: list[str], cfg: Any) -> str:
     kept = [word for word in words if not _is_of(word, ours)]
     kept.append("launcher=local")  # whatever an experiment says
     if command == "train":
-        kept.append(f"run_dir={text_of(str(Path(cfg.run_dir).expanduser().absolute()))}")
+        kept.append(f"run_dir={text_of(str(Path(cfg.run_dir).absolute()))}")
         if not _per_node(cfg)[0]:
             kept.append("trainer.accelerator=cpu")
     return f"set -- {shlex.join(kept)}"
