@@ -286,6 +286,15 @@ def test_durations():
             config.duration(wrong)
 
 
+def test_a_tilde_is_home_for_every_command(monkeypatch):
+    monkeypatch.setenv("HOME", "/h")
+    assert train("run_dir=~/runs/a").run_dir == "/h/runs/a"
+    assert config.load("doctor", ["run_dir=~/runs"]).run_dir == "/h/runs"
+    probe = config.load("probe", ["checkpoint=~/runs/a", "out=~/found"])
+    assert (probe.checkpoint, probe.out) == ("/h/runs/a", "/h/found")
+    assert train("run_dir=./a~").run_dir == "./a~"
+
+
 def test_resolving_twice_changes_nothing():
     cfg = train()
     assert config.resolve(cfg) == cfg

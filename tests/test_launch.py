@@ -90,6 +90,17 @@ def test_without_gpus_there_is_one_process_per_node(capsys):
     assert "gpus-per-node" not in options(dry(capsys, "train", "launcher.gpus_per_node=0"))
 
 
+def test_a_command_that_names_devices_and_nodes_is_submitted_as_it_is(capsys):
+    script = dry(capsys, "train", "trainer.devices=8", "trainer.num_nodes=4", "batch_size=64")
+    said = options(script)
+    assert (said["nodes"], said["gpus-per-node"], said["ntasks-per-node"]) == ("4", "8", "8")
+    assert not any(word.startswith(("trainer.devices", "trainer.num_nodes")) for word in job_words(script)[0])
+    said = options(dry(capsys, "train", "trainer.devices=3", "trainer.accelerator=cpu", "batch_size=30"))
+    assert "gpus-per-node" not in said and said["ntasks-per-node"] == "3"
+    said = options(dry(capsys, "train", "trainer.devices=1", "launcher.gpus_per_node=4", "launcher.nodes=2"))
+    assert (said["nodes"], said["gpus-per-node"]) == ("2", "4")
+
+
 def test_words_survive_the_shell(capsys, tmp_path):
     odd = "data.train='/d/a b/{0..1}.tar,$HOME'"
     script = dry(capsys, "train", "data=shards", odd, f"run_dir={tmp_path}/a $HOME run")
@@ -135,6 +146,14 @@ def test_a_job_is_submitted_once(sbatch, capsys):
     assert (sbatch / "calls").read_text() == "\n\n"
 
 
+def test_a_run_folder_at_home_is_one_folder(sbatch, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(sbatch / "home"))
+    monkeypatch.chdir(sbatch)
+    assert cli.main("train", [*SLURM, "run_dir=~/run"]) == 0
+    assert f"run_dir={sbatch}/home/run" in job_words((sbatch / "script").read_text())[0]
+    assert (sbatch / "home" / "run" / "slurm" / "job").exists() and not (sbatch / "~").exists()
+
+
 def test_slurms_refusal_is_one_sentence(sbatch, capsys):
     (sbatch / "refuse").write_text("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job failed\n")
     assert cli.main("train", [*SLURM, "launcher.partition=x", f"run_dir={sbatch}/run"]) == 2
@@ -144,8 +163,10 @@ def test_slurms_refusal_is_one_sentence(sbatch, capsys):
 
 
 REFUSED = (
-    ("train", ("trainer.devices=4", "launcher.gpus_per_node=8"), "trainer.devices=4, and the job has 8"),
-    ("train", ("trainer.num_nodes=3",), "trainer.num_nodes=3, and the job has 1"),
+    ("train", ("trainer.devices=4", "launcher.gpus_per_node=8"), "devices=4 and launcher.gpus_per_node=8 disagree"),
+    ("train", ("trainer.num_nodes=3", "launcher.nodes=2"), "trainer.num_nodes=3 and launcher.nodes=2 disagree"),
+    ("train", ("-m", "trainer.devices=1,2"), "trainer.devices, .* are for all tasks of an array"),
+    ("probe", ("-m", "checkpoint=a", "device=cpu,gpu"), "device is for all tasks of an array"),
     ("train", ("batch_size=10", "launcher.gpus_per_node=4"), "batch_size=10 does not divide by the 4 processes"),
     ("train", ("trainer.accelerator=cpu", "launcher.gpus_per_node=4"), "disagree"),
     ("train", ("trainer.accelerator=gpu", "launcher.gpus_per_node=0"), "disagree"),

@@ -29,6 +29,8 @@ from .schema import duration as duration
 
 # --- composing ----------------------------------------------------------------------------------------------------
 
+HOME = ("run_dir", "out", "checkpoint")  # where ~ is the home of the user: a shell leaves that of key=~/x as it is
+
 
 def conf_dir() -> Path:
     """The folder of YAML files: inside an installed package, or at the root of a checkout."""
@@ -88,6 +90,9 @@ def load(command: str, overrides: list[str]) -> DictConfig:
         OmegaConf.resolve(cfg)  # last, so that ${image_size} means the value that was filled in
     except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"an interpolation does not resolve: {_first_line(error)}") from None
+    for key in HOME:
+        if isinstance(path := cfg.get(key) if key in cfg else None, str):
+            cfg[key] = os.path.expanduser(path)  # noqa: PTH111  (which keeps ./ and a name that is no user's)
     return cfg
 
 

@@ -30,6 +30,14 @@ MULTIRUN = ("-m", "--multirun")
 PAIRS = {"[": "]", "{": "}", "(": ")", "'": "'", '"': '"'}
 
 
+class Sizes(NamedTuple):
+    """Of a job: nodes, and GPUs and processes of each."""
+
+    nodes: int
+    gpus: int
+    tasks: int
+
+
 class Plan(NamedTuple):
     """What a job is made of: options of sbatch, lines before the template's own, and where logs and script go."""
 
@@ -72,6 +80,9 @@ def submit(command: str, rows: Sequence[tuple[list[str], Any]]) -> int:
         raise ConfigError(f"launcher=slurm is for train and probe: submit `selfsight {command} …` with sbatch --wrap")
     if any(cfg.launcher != launcher for _, cfg in rows):
         raise ConfigError("launcher.* is for all tasks of an array: it takes no lists")
+    if len({_sizes(cfg) for _, cfg in rows}) > 1:
+        key = "trainer.devices, .num_nodes and .accelerator are" if command == "train" else "device is"
+        raise ConfigError(f"{key} for all tasks of an array, which have equal nodes: give one value")
     _check(command, [cfg for _, cfg in rows])
     plan = _plan(command, rows)
     script = _script(batch_script(command), plan)
@@ -134,7 +145,7 @@ def _check_minutes(command: str, launcher: Any) -> None:
 
 
 def _check_training(cfg: Any) -> None:
-    launcher, trainer, (gpus, tasks) = cfg.launcher, cfg.trainer, _per_node(cfg)
+    trainer, (nodes, gpus, tasks) = cfg.trainer, _sizes(cfg)
     if gpus and trainer.accelerator == "cpu":
         raise ConfigError(f"trainer.accelerator=cpu and launcher.gpus_per_node={gpus} disagree: leave one of them out")
     if not gpus and trainer.accelerator == "gpu":
@@ -144,13 +155,13 @@ def _check_training(cfg: Any) -> None:
             f"launcher.tasks_per_node={tasks} and launcher.gpus_per_node={gpus}: every GPU has one process; leave "
             "launcher.tasks_per_node out"
         )
-    for key, said, here in (
-        ("devices", trainer.devices, tasks),
-        ("num_nodes", trainer.num_nodes, launcher.nodes),
+    for key, said, here, other in (
+        ("devices", trainer.devices, tasks, "gpus_per_node" if gpus else "tasks_per_node"),
+        ("num_nodes", trainer.num_nodes, nodes, "nodes"),
     ):
         if said not in ("auto", 1, here):
-            raise ConfigError(f"trainer.{key}={said}, and the job has {here}: leave trainer.{key} out")
-    if cfg.batch_size % (world := launcher.nodes * tasks):
+            raise ConfigError(f"trainer.{key}={said} and launcher.{other}={here} disagree: leave one of them out")
+    if cfg.batch_size % (world := nodes * tasks):
         raise ConfigError(f"batch_size={cfg.batch_size} does not divide by the {world} processes of the job")
     config.changes(cfg)
 
@@ -186,13 +197,20 @@ def _sbatch(path: Path, partition: str | None) -> str:
 # --- the script ----------------------------------------------------------------------------------------------------
 
 
-def _per_node(cfg: Any) -> tuple[int, int]:
-    """GPUs and processes of one node."""
-    gpus = cfg.launcher.gpus_per_node
+def _sizes(cfg: Any) -> Sizes:
+    """What launcher says, and where it is silent trainer, so that a command that starts its processes itself is
+    submitted by one more word."""
+    launcher, devices, nodes = cfg.launcher, 1, 1
+    if "trainer" in cfg:
+        devices, nodes = 1 if cfg.trainer.devices == "auto" else cfg.trainer.devices, cfg.trainer.num_nodes
+    gpus = launcher.gpus_per_node
     if gpus is None:
-        on_cpu = cfg.trainer.accelerator == "cpu" if "trainer" in cfg else str(cfg.device) == "cpu"
-        gpus = 0 if on_cpu else 1
-    return gpus, cfg.launcher.tasks_per_node or max(1, gpus)
+        gpus = 0 if _on_cpu(cfg) else devices
+    return Sizes(launcher.nodes or nodes, gpus, launcher.tasks_per_node or gpus or devices)
+
+
+def _on_cpu(cfg: Any) -> bool:
+    return cfg.trainer.accelerator == "cpu" if "trainer" in cfg else str(cfg.device) == "cpu"
 
 
 def _place(command: str, cfg: Any) -> Path:
@@ -202,7 +220,7 @@ def _place(command: str, cfg: Any) -> Path:
 
 def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
     cfg = rows[0][1]
-    launcher, (gpus, tasks), place = cfg.launcher, _per_node(cfg), _place(command, cfg).expanduser().absolute()
+    launcher, (nodes, gpus, tasks), place = cfg.launcher, _sizes(cfg), _place(command, cfg).absolute()
     folder = (place if command == "train" else place.parent) / "slurm"
     log = str(folder / ("%A_%a.log" if len(rows) > 1 else "%j.log"))
     if found := re.search(r"[%\\'\"#\n]", str(folder)):  # Slurm's signs in names of logs, and in lines of options
@@ -212,7 +230,7 @@ def _plan(command: str, rows: Sequence[tuple[list[str], Any]]) -> Plan:
         )
     options = {
         "job-name": f"selfsight-{re.sub(r'[^A-Za-z0-9_.-]+', '_', place.name) if command == 'train' else 'probe'}",
-        "nodes": str(launcher.nodes),
+        "nodes": str(nodes),
         "gpus-per-node": str(gpus or ""),
         "ntasks-per-node": str(tasks),
         "cpus-per-task": str(launcher.cpus_per_task),
@@ -248,8 +266,8 @@ def _set(command: str, words: list[str], cfg: Any) -> str:
     kept = [word for word in words if not _is_of(word, ours)]
     kept.append("launcher=local")  # whatever an experiment says
     if command == "train":
-        kept.append(f"run_dir={text_of(str(Path(cfg.run_dir).expanduser().absolute()))}")
-        if not _per_node(cfg)[0]:
+        kept.append(f"run_dir={text_of(str(Path(cfg.run_dir).absolute()))}")
+        if not _sizes(cfg).gpus:
             kept.append("trainer.accelerator=cpu")
     return f"set -- {shlex.join(kept)}"
 

@@ -602,7 +602,7 @@ class Local:
 @dataclasses.dataclass
 class Slurm:
     name: str = one_of("slurm", "slurm")
-    nodes: int = integer(1)
+    nodes: int | None = integer(None)
     gpus_per_node: int | None = integer(None, 0)
     tasks_per_node: int | None = integer(None)
     cpus_per_task: int = integer(8)
