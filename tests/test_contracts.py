@@ -56,7 +56,7 @@ def test_other_ways_through_the_objectives_do_not_depend_on_processes(more, name
 
 def test_processes_that_see_different_checkpoints_are_told(sample):
     same, different = sample["start"]
-    assert same == "" and "process 0 would continue from step 9 and process 1 from step 4" in different
+    assert same == "" and "process 0 would continue from step 9 and processes 1, 2, 3 from step 4" in different
     assert "on a disk that all of them share" in different
 
 

@@ -46,7 +46,8 @@ class Watchdog:
         """Begin to watch over so many processes; nothing if the limit is 0."""
         self.world = world
         if self.limit:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # a folder that cannot be written is said by who begins the run
+                self.folder.mkdir(parents=True, exist_ok=True)
             self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self.thread.start()
 
