@@ -8,54 +8,48 @@ import pytest
 import promises
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ("mae ViT",)  # of the default run, with all contracts
-MORE = ("dino ViT lora", "ijepa ConvNeXt V1", "glare SHViT")  # of the slow run
+CELLS = ("mae ViT", "dino ViT lora", "ijepa ConvNeXt V1", "glare SHViT")  # with all contracts
 WAYS = ("ibot ViT dinov2", "glare ConvNeXt V1 mask")
-PAIRS = (  # 1 = 2 processes alone, in the same four processes
-    "mae ConvNeXt V1", "mae SHViT", "dino ViT drop path", "dino ViT sinkhorn", "ibot ViT", "selfpatch ViT",
+PAIRS = (  # 1 = 2 processes alone; of the default run
+    "mae ViT", "mae ConvNeXt V1", "mae SHViT", "dino ViT drop path", "dino ViT sinkhorn", "ibot ViT", "selfpatch ViT",
     "odis ViT skip", "ijepa ViT", "dmt_jepa ViT", "cim ViT contrast", "glare ViT",
     "dino ViT uniadapter", "dino ViT lora",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    return promises.measure(tmp_path_factory.mktemp("sample"), SAMPLE, pairs=PAIRS)
+def pairs(tmp_path_factory):
+    return promises.measure(tmp_path_factory.mktemp("pairs"), (), pairs=PAIRS)
 
 
 @pytest.fixture(scope="module")
-def more(tmp_path_factory):
-    return promises.measure(tmp_path_factory.mktemp("more"), MORE, WAYS)
+def cells(tmp_path_factory):
+    return promises.measure(tmp_path_factory.mktemp("cells"), CELLS, WAYS)
 
 
 def broken(found):
     return {contract: result["note"] for contract, result in found.items() if not result["ok"]}
 
 
-@pytest.mark.parametrize("name", SAMPLE)
-def test_a_sample_of_cells_keeps_every_contract(sample, name):
-    assert set(sample[name]) == set(promises.CONTRACTS) and not broken(sample[name])
-
-
 @pytest.mark.parametrize("name", PAIRS)
-def test_two_processes_compute_what_one_does(sample, name):
-    assert not broken(sample[name])
+def test_two_processes_compute_what_one_does(pairs, name):
+    assert not broken(pairs[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
-def test_a_larger_sample_keeps_every_contract(more, name):
-    assert set(more[name]) == set(promises.CONTRACTS) and not broken(more[name])
+@pytest.mark.parametrize("name", CELLS)
+def test_a_sample_of_cells_keeps_every_contract(cells, name):
+    assert set(cells[name]) == set(promises.CONTRACTS) and not broken(cells[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
-def test_other_ways_through_the_objectives_do_not_depend_on_processes(more, name):
-    assert not broken(more[name])
+def test_other_ways_through_the_objectives_do_not_depend_on_processes(cells, name):
+    assert not broken(cells[name])
 
 
-def test_processes_that_see_different_checkpoints_are_told(sample):
-    same, different = sample["start"]
+def test_processes_that_see_different_checkpoints_are_told(pairs):
+    same, different = pairs["start"]
     assert same == "" and "process 0 would continue from step 9 and processes 1, 2, 3 from step 4" in different
     assert "on a disk that all of them share" in different
 

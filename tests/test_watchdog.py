@@ -238,6 +238,7 @@ class Pair:
         self.job.signal(signal.SIGSTOP, rank)
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_one_that_stands_still_is_named(tmp_path):
     pair = Pair(tmp_path)
     pair.stop(1)
