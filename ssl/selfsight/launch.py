@@ -267,9 +267,19 @@ def _set(command: str, words: list[str], cfg: Any) -> str:
     kept.append("launcher=local")  # whatever an experiment says
     if command == "train":
         kept.append(f"run_dir={text_of(str(Path(cfg.run_dir).absolute()))}")
-        if not _sizes(cfg).gpus:
-            kept.append("trainer.accelerator=cpu")
+    if device := _device(command, words, cfg):
+        kept.append(device)
     return f"set -- {shlex.join(kept)}"
+
+
+def _device(command: str, words: Sequence[str], cfg: Any) -> str:
+    """The word for where it runs, unless that was given: left to itself, a job whose GPUs torch cannot see would work
+    on the cores for days."""
+    key, gpus = "trainer.accelerator" if command == "train" else "device", _sizes(cfg).gpus
+    if command == "train" and not gpus:
+        return f"{key}=cpu"
+    said = cfg.trainer.accelerator if command == "train" else cfg.device
+    return f"{key}=gpu" if gpus and said == "auto" and not any(_is_of(word, [key]) for word in words) else ""
 
 
 def _is_of(word: str, keys: Sequence[str]) -> bool:
