@@ -174,6 +174,17 @@ def test_slurms_refusal_is_one_sentence(sbatch, capsys):
     assert not (sbatch / "run" / "slurm" / "job").exists()
 
 
+@pytest.mark.parametrize("said", ["Invalid generic resource (gres) specification",
+                                  "Requested node configuration is not available"])  # fmt: skip
+def test_where_nodes_have_no_such_gpus_the_key_is_named(sbatch, capsys, said):
+    (sbatch / "refuse").write_text(f"sbatch: error: Batch job submission failed: {said}\n")
+    words, hint = [*SLURM, f"run_dir={sbatch}/run"], "launcher.gpus_per_node=0 asks for none"
+    assert cli.main("train", [*words, "trainer.devices=2"]) == 2
+    assert f"{said} (it asks for 2 GPUs per node; {hint})\n" in capsys.readouterr().err
+    assert cli.main("train", [*words, "launcher.gpus_per_node=0"]) == 2
+    assert hint not in capsys.readouterr().err
+
+
 REFUSED = (
     ("train", ("trainer.devices=4", "launcher.gpus_per_node=8"), "devices=4 and launcher.gpus_per_node=8 disagree"),
     ("train", ("trainer.num_nodes=3", "launcher.nodes=2"), "trainer.num_nodes=3 and launcher.nodes=2 disagree"),
