@@ -31,9 +31,12 @@ def table(measured: dict[str, Any]) -> str:
     variants = measured["variants"]
     rows += ["", "| other ways through them | " + " | ".join(contracts[:3]) + " |", "|---|---|---|---|"]
     rows += [f"| {name} | {' | '.join(entry(found[c]) for c in contracts[:3])} |" for name, found in variants.items()]
-    machine = measured["machine"]
-    return "\n".join([*rows, "", f"Measured {machine['date']} with torch {machine['torch']}, timm {machine['timm']}, "
-                      f"Python {machine['python']}, on a CPU."])  # fmt: skip
+    when: dict[str, list[str]] = {}
+    for name, date in measured["measured"].items():
+        when.setdefault(date, []).append(name)
+    most = max(when, key=lambda date: len(when[date]))
+    others = "".join(f"; on {date} {', '.join(names)}" for date, names in sorted(when.items()) if date != most)
+    return "\n".join([*rows, "", f"Measured on {most}{others}; on a CPU."])
 
 
 def entry(result: dict[str, Any]) -> str:
@@ -49,9 +52,15 @@ def main() -> None:
         measure(args.only)
     measured = json.loads(RESULTS.read_text())
     show(PAGE, "contracts", table(measured))
-    broken = [(n, c) for n, found in measured["cells"].items() for c, result in found.items() if not result["ok"]]
-    print(f"{PAGE}: {len(measured['cells'])} cells, broken: {broken or 'none'}")
-    sys.exit(bool(broken))
+    wrong = broken(measured)
+    print(f"{PAGE}: {len(measured['cells'])} cells, {len(measured['variants'])} variants, broken: {wrong or 'none'}")
+    sys.exit(bool(wrong))
+
+
+def broken(measured: dict[str, Any]) -> list[tuple[str, str]]:
+    """(cell or variant, contract) of what does not hold."""
+    every = measured["cells"] | measured["variants"]
+    return [(name, c) for name, found in every.items() for c, result in found.items() if not result["ok"]]
 
 
 def measure(only: list[str] | None) -> None:
@@ -61,18 +70,30 @@ def measure(only: list[str] | None) -> None:
     import promises  # after the check of the arguments: this takes a while
 
     start = time.monotonic()
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": {}, "variants": {}}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {
+        "command": "python benchmarks/contracts.py", "machine": {}, "minutes": 0, "cells": {}, "variants": {},
+        "measured": {},
+    }  # fmt: skip
     groups = {"cells": promises.CELLS, "variants": promises.VARIANTS}
     wanted = {kind: [name for name in group if only is None or name in only] for kind, group in groups.items()}
     with tempfile.TemporaryDirectory() as folder:
         found = promises.measure(Path(folder), wanted["cells"], wanted["variants"])
-    results = {
-        kind: {name: found.get(name) or known[kind].get(name) for name in group} for kind, group in groups.items()
-    }
-    RESULTS.write_text(json.dumps({
-        "command": "python benchmarks/contracts.py", "machine": describe(),
-        "minutes": round((time.monotonic() - start) / 60, 1), **results,
-    }, indent=1, ensure_ascii=False) + "\n")  # fmt: skip
+    about = describe()
+    now = f"{about['date']} with torch {about['torch']}, timm {about['timm']}, Python {about['python']}"
+    groups = {kind: list(group) for kind, group in groups.items()}
+    results = merged(known, {name: found[name] for names in wanted.values() for name in names}, groups, now)
+    if only is None:
+        results |= {"machine": about, "minutes": round((time.monotonic() - start) / 60, 1)}
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def merged(known: dict[str, Any], found: dict[str, Any], groups: dict[str, list[str]], now: str) -> dict[str, Any]:
+    """What is known with what was found now in it: a cell that was not measured keeps its date, and the whole keeps
+    the machine and minutes of the last time that all were measured."""
+    for kind, names in groups.items():
+        known |= {kind: {n: found.get(n) or known[kind][n] for n in names if n in found or n in known[kind]}}
+    kept = {name for kind in groups for name in known[kind]}
+    return known | {"measured": {n: d for n, d in (known["measured"] | dict.fromkeys(found, now)).items() if n in kept}}
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ from selfsight.interop import export
 from selfsight.objectives import NAMES, build_objective
 from selfsight.objectives.glare import GLARE
 from selfsight.objectives.objective import Objective
-from selfsight.training import sharded
-from selfsight.training.loop import RunStopped, same_start
+from selfsight.training import checkpoint, sharded
+from selfsight.training.loop import RunStopped
+from selfsight.training.meet import same_start
 from selfsight.training.module import Module
 from selfsight.training.teacher import is_sharded, local
 from selfsight.views.photo import prepare
@@ -94,7 +95,7 @@ VARIANTS = {  # other ways through the same objectives: `processes` alone
 }  # fmt: skip
 SMALL = ("num_prototypes=64", "head_hidden=32", "head_bottleneck=16")  # heads whose size proves nothing
 BATCH, STEPS, WORLD = 8, 2, 4
-RUN_STEPS = 7
+RUN_STEPS, FIRST_SAVED = 7, 2
 TRAIN = ("data.num_train=40", "data.num_val=8", f"batch_size={BATCH}")
 
 
@@ -235,7 +236,7 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1
 def refusal(start: int) -> str:
     """What processes that would continue from these steps are told; nothing if they may."""
     try:
-        same_start(start, torch.device("cpu"))
+        same_start({"step": start}, "", torch.device("cpu"))
     except ConfigError as error:
         return str(error)
     return ""
@@ -300,10 +301,10 @@ def die() -> None:
 def survives(name: str, folder: Path) -> dict[str, str]:
     """Train without labels; kill, stop and continue; compare. AssertionError says what differs."""
     draw = random.Random(name)
-    killed, stopped = sorted(draw.sample(range(1, RUN_STEPS), 2))
+    killed, stopped = sorted(draw.sample(range(FIRST_SAVED + 1, RUN_STEPS), 2))  # so that each finds something saved
     words = (
         *words_of(name), f"max_steps={RUN_STEPS}", "data=shards", f"data.train={folder}/pile.tar", "optim.clip=1.0",
-        "trainer.max_batch_per_device=4", "checkpoint.every_n_steps=2", "knn.every_n_steps=100",
+        "trainer.max_batch_per_device=4", f"checkpoint.every_n_steps={FIRST_SAVED}", "knn.every_n_steps=100",
     )  # fmt: skip
     left = (*runs.SCENES, "image_size")
     features: dict[str, Tensor] = {}
@@ -321,6 +322,7 @@ def survives(name: str, folder: Path) -> dict[str, str]:
         with at_step(killed, die), contextlib.suppress(Killed):
             runs.run_here(parts, *words, without=left)
             raise AssertionError(f"the run was not killed at step {killed}")
+        assert checkpoint.newest(parts / "checkpoints") is not None, f"killed at {killed} before anything was saved"
         with at_step(stopped, lambda: os.kill(os.getpid(), signal.SIGTERM)), contextlib.suppress(RunStopped):
             runs.run_here(parts, *words, without=left)
             raise AssertionError(f"the run was not stopped at step {stopped}")

@@ -54,13 +54,13 @@ def with_handlers_put_back(call: Callable[[], Any]) -> Any:
             signal.signal(number, handler)
 
 
-def start(run_dir: Path, *overrides: str, without: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(run_dir: Path, *overrides: str, without: tuple[str, ...] = (), script: str = "train.py") -> subprocess.Popen:
     """Start `python train.py …` with its output in <run_dir>.log; its own process group.
 
     Threads as here, since other numbers of threads give other sums; one per process where there are two, since threads
     of two processes that wait for each other on the same cores are many times slower.
     """
-    command = [sys.executable, "train.py", *_tiny(without), f"run_dir={run_dir}", *overrides]
+    command = [sys.executable, script, *_tiny(without), f"run_dir={run_dir}", *overrides]
     threads = 1 if "trainer.devices=2" in overrides else torch.get_num_threads()
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with run_dir.with_suffix(".log").open("w") as log:

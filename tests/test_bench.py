@@ -70,6 +70,16 @@ def test_one_process_of_several_gets_its_share_of_the_batch():
     assert bench._setting(cfg)[:2] == (4, 2)
 
 
+def test_a_sharded_run_is_said_to_be_measured_whole(capsys):
+    cfg = config.load("bench", [*TINY, "trainer.devices=2", "trainer.strategy=fsdp"])
+    source = bench.open_source(cfg.data, "train")
+    bench._print_setting(cfg, source, bench._setting(cfg))
+    assert "trainer.strategy=fsdp is measured with whole weights" in capsys.readouterr().out
+    cfg.trainer.devices = 1  # shards nothing
+    bench._print_setting(cfg, source, bench._setting(cfg))
+    assert "fsdp" not in capsys.readouterr().out
+
+
 def test_stream_mode_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "open_source", lambda data, split: iter(()))
     with pytest.raises(ValueError, match=r"data\.mode=exact"):
@@ -350,3 +360,14 @@ def test_the_benchmark_of_adapters_stops_where_a_frozen_tensor_moves(benchmarks)
     weight.grad = weight.new_ones(weight.shape)
     with pytest.raises(AssertionError, match="moved a frozen tensor"):
         adapt_step.check("lora", objective, stepper, batch, None)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_guards_times_them_in_one_process_and_in_two(benchmarks):
+    import guards
+
+    words = ["--backbones", "vit_nano", "--batch", "2", "--rounds", "1", "--calls", "3"]
+    found = guards.measure(guards.arguments(words))
+    assert set(found["guards"]) == {"one process", "two processes", "one collective of theirs"}
+    shares = found["steps"]["vit_nano"]["shares"]
+    assert set(shares) == {"one process", "two processes", "norm"} and min(shares.values()) > 0

@@ -63,6 +63,41 @@ def test_damage_falls_back_to_the_one_before(tmp_path, damage):
     assert found.name == "step-000000001"
 
 
+def spoil(path):
+    (path / "model.safetensors").write_bytes(b"")
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path):
+    save(tmp_path, 4)
+    spoil(save(tmp_path, 10))
+    with pytest.warns(UserWarning, match=r"step-000000010 is damaged .* falling back to the one before it"):
+        assert checkpoint.newest(tmp_path).name == "step-000000004"
+    (said,) = checkpoint.set_aside(tmp_path, 4)
+    assert "step-000000010 is damaged (model.safetensors has 0 bytes" in said and "damaged-step-000000010" in said
+    save(tmp_path, 6, keep_last=1)
+    assert {p.name for p in tmp_path.glob("*step-*")} == {"step-000000006", "damaged-step-000000010"}
+    assert checkpoint.newest(tmp_path).name == "step-000000006"
+    save(tmp_path, 10, keep_last=1)  # now it is there again
+    assert {p.name for p in tmp_path.glob("*step-*")} == {"step-000000010"}
+
+
+def test_a_good_checkpoint_is_never_set_aside(tmp_path):
+    for step in (4, 10):
+        save(tmp_path, step)
+    assert not checkpoint.set_aside(tmp_path, 4) and checkpoint.newest(tmp_path).name == "step-000000010"
+
+
+def test_a_run_does_not_begin_anew_when_all_checkpoints_are_damaged(tmp_path):
+    for step in (1, 2):
+        spoil(save(tmp_path, step))
+    both = r"step-000000002 is damaged \(.*step-000000001 is damaged \(.*or here after removing them"
+    with pytest.raises(checkpoint.CheckpointError, match=both):
+        checkpoint.newest(tmp_path, refuse=True)
+    with pytest.warns(UserWarning, match="no other can be used"):
+        assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "nothing", refuse=True) is None
+
+
 def test_a_failed_write_leaves_the_earlier_one_and_no_rubbish(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

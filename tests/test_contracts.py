@@ -14,7 +14,7 @@ WAYS = ("ibot ViT dinov2", "glare ConvNeXt V1 mask")
 PAIRS = (  # 1 = 2 processes alone, in the same four processes
     "mae ConvNeXt V1", "mae SHViT", "dino ViT drop path", "dino ViT sinkhorn", "ibot ViT", "selfpatch ViT",
     "odis ViT skip", "ijepa ViT", "dmt_jepa ViT", "cim ViT contrast", "glare ViT",
-    "dino ViT uniadapter", "dino ViT adaptformer", "dino ViT lora", "dino ViT apla", "dino ViT bitfit",
+    "dino ViT uniadapter", "dino ViT lora",
 )  # fmt: skip
 
 

@@ -148,3 +148,48 @@ def test_a_table_that_is_measured_is_what_was_measured(benchmarks, script):
 
     results = json.loads((ROOT / f"benchmarks/results/{script}.json").read_text())
     assert shown(module.PAGE, script) == module.table(results), f"write the page again: benchmarks/{script}.py"
+
+
+def test_the_guards_cost_at_most_a_hundredth_of_a_step():
+    """As measured by benchmarks/guards.py."""
+    measured = json.loads((ROOT / "benchmarks/results/guards.json").read_text())
+    assert {"vit_s", "vit_b"} <= set(measured["steps"])
+    for step in measured["steps"].values():
+        assert max(step["shares"]["one process"], step["shares"]["two processes"]) <= 0.01
+
+
+def test_the_page_of_trust_is_not_written_when_a_count_is_missing(benchmarks, monkeypatch, tmp_path):
+    import trust
+
+    counts = json.loads(trust.RESULTS.read_text())["counts"]
+    del counts["requeues by Slurm"]  # its tests were skipped
+    for name in ("RESULTS", "PAGE"):
+        monkeypatch.setattr(trust, name, tmp_path / name)
+    monkeypatch.setattr(trust, "measure", lambda: {"counts": counts, "seconds": 1})
+    monkeypatch.setattr("sys.argv", ["trust.py"])
+    with pytest.raises(SystemExit, match="no test has counted requeues by Slurm: nothing is written"):
+        trust.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_test_that_the_page_of_trust_names_must_have_run(benchmarks):
+    import trust
+
+    assert {f"tests/{test.partition('::')[0]}" for test in trust.proofs()} == set(trust.files())
+    case = '<testcase classname="tests.{}" name="{}">{}</testcase>'
+    cases = (("test_a", "test_b[1]", ""), ("test_a", "test_b[2]", "<skipped/>"), ("test_c", "test_d", ""))
+    report = f"<testsuites>{''.join(case.format(*c) for c in cases)}</testsuites>"
+    assert trust.passed(report) == {"test_c.py::test_d"}
+
+
+def test_cells_that_were_not_measured_again_keep_their_date(benchmarks):
+    import contracts
+
+    ok, wrong = {"processes": {"ok": True, "note": "0"}}, {"processes": {"ok": False, "note": "1"}}
+    known = {"cells": {"a": ok, "b": ok, "gone": ok}, "variants": {"v": ok}, "minutes": 46,
+             "measured": dict.fromkeys(("a", "b", "gone", "v"), "then")}  # fmt: skip
+    found = contracts.merged(known, {"b": wrong, "new": ok, "v": wrong},
+                             {"cells": ["a", "b", "new"], "variants": ["v"]}, "now")  # fmt: skip
+    assert found["measured"] == {"a": "then", "b": "now", "v": "now", "new": "now"} and found["minutes"] == 46
+    assert list(found["cells"]) == ["a", "b", "new"]
+    assert contracts.broken(found) == [("b", "processes"), ("v", "processes")]

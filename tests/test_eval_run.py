@@ -106,16 +106,16 @@ def test_global_generators_go_on_as_if_nothing_had_been_drawn():
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_has_all_its_evaluations_in_the_end(tmp_path):
-    words = ("max_steps=60", "knn.every_n_steps=0", "eval.linear.every_n_steps=20", "eval.linear.probe.epochs=2",
-             "eval.knn.every_n_steps=15", "eval.knn.how=inline")  # fmt: skip
+    words = ("max_steps=24", "knn.every_n_steps=0", "eval.linear.every_n_steps=12", "eval.linear.probe.epochs=2",
+             "eval.knn.every_n_steps=8", "eval.knn.how=inline")  # fmt: skip
     runs.run_here(tmp_path / "whole", *words)
     process = runs.start(tmp_path / "killed", *words)
-    runs.wait_for_step(tmp_path / "killed", process, 25)
+    runs.wait_for_step(tmp_path / "killed", process, 14)
     process.send_signal(signal.SIGKILL)
     process.wait()
     runs.run_here(tmp_path / "killed", *words)
     runs.assert_identical(runs.final_state(tmp_path / "whole"), runs.final_state(tmp_path / "killed"))
-    for name, steps in (("linear", [20, 40, 60]), ("knn", [15, 30, 45, 60])):
+    for name, steps in (("linear", [12, 24]), ("knn", [8, 16, 24])):
         found = [eval_results(tmp_path / run, name) for run in ("whole", "killed")]
         assert [list(r) for r in found] == [steps, steps]
         first, second = ([r.value for r in one.values()] for one in found)

@@ -312,6 +312,50 @@ def test_a_signal_to_one_process_saves_and_stops_both(two, rank):
     count("signals to one of two processes")
 
 
+def two_ctrl_c(words, log, env):
+    """The command, with Ctrl-C twice while the checkpoint of step 2 is being written."""
+
+    def pressed(point, step=None):
+        if (point, step) == ("checkpoint.written", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoint.fault = pressed
+    command(words, log, env)
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_and_the_last_checkpoint_stands(one):
+    job = one.job("twice", target=two_ctrl_c)
+    assert job.wait() == [128 + signal.SIGINT], job.text()
+    assert "SIGINT: saving at the next step boundary" in job.text() and "Traceback" not in job.text()
+    assert checkpoint.newest(one.root / "twice/run/checkpoints").name == "step-000000001"
+    one.finish("twice")
+
+
+def other_on_rank_1(other, words, log, env):
+    """The command, with another word in the second process."""
+    if env["RANK"] == "1":
+        words = [word for word in words if word.partition("=")[0] != other.partition("=")[0]] + [other]
+    command(words, log, env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["data.train", "seed"])
+def test_processes_that_would_train_differently_do_not_begin(tmp_path, key):
+    shards = [runs.shard(tmp_path / f"{name}.tar", n) for name, n in (("a", 40), ("b", 48))]
+    other = f"data.train={shards[1]}" if key == "data.train" else "seed=5"
+    target = functools.partial(other_on_rank_1, other)
+    # Or a process that comes late would be refused alone.
+    words = words_for(tmp_path, shards[0], 4, 2, "allow_change=true")
+    job = Job(words, tmp_path / "log", ranks=2, target=target)
+    assert job.wait(120) == [2, 2], job.text()
+    said = {
+        "data.train": "a.tar (40 samples), process 1 on shards",
+        "seed": "seed is 0 in process 0 and 5 in process 1: start all",
+    }
+    assert job.text().count(said[key]) == 2 and "Traceback" not in job.text(), job.text()
+
+
 # --- fifty kills ------------------------------------------------------------------------------------------------------
 
 

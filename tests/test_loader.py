@@ -259,3 +259,12 @@ def test_a_malformed_mask_is_a_bad_sample_of_objectives_that_need_it(tmp_path):
     assert "a.tar, key s0005" in batch["events"][0].where and 5 not in batch["id"].tolist()
     plain = Samples(source, order, VIEWS, seed=0)[range(24)]
     assert not plain["events"] and "cells" not in plain and "has_object" not in plain
+
+
+def test_another_number_of_processes_continues_with_the_samples_that_are_left():
+    """1 process, then 3, then 2: each position is met once, in the step that it belongs to."""
+    for first, stop, world, micro in ((0, 2, 1, 2), (2, 4, 3, 2), (4, 5, 2, 1)):
+        ranks = [list(Positions(first, stop, 12, micro, rank, world)) for rank in range(world)]
+        for step in range(first, stop):
+            parts = [r[(step - first) * micro : (step - first + 1) * micro] for r in ranks]
+            assert sorted(p for mine in parts for part in mine for p in part) == list(range(12 * step, 12 * step + 12))

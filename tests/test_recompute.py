@@ -1,7 +1,10 @@
 """Activation checkpointing: the same numbers to the bit, whatever is hidden, and less memory."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import runs
 from selfsight import config
@@ -9,6 +12,7 @@ from selfsight.backbones import build_backbone
 from selfsight.backbones.tokens import BackboneError, Drop, Needs, Replace
 from selfsight.nn.recompute import recomputed
 from selfsight.objectives import build_objective
+from selfsight.training import run
 
 FAMILIES = {"vit_nano": 32, "convnext_nano_lite": 64, "convnextv2_nano_lite": 64, "shvit_nano_lite": 128}
 
@@ -63,6 +67,32 @@ def test_a_whole_run_has_the_same_bits(tmp_path):
     for name, word in (("kept", "false"), ("again", "true")):
         runs.run_here(tmp_path / name, *words, f"trainer.checkpointing={word}")
     runs.assert_identical(*(runs.final_state(tmp_path / name) for name in ("kept", "again")))
+
+
+def block_calls(monkeypatch, folder, *words):
+    """How often each block of the backbone and of the decoder is computed for gradients in a run of MAE."""
+    made, calls = [], Counter()
+
+    def noted(*args, **kwargs):
+        made.append(build_objective(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(run, "build_objective", noted)
+    hook = register_module_forward_pre_hook(lambda module, _: calls.update([module] * torch.is_grad_enabled()))
+    try:
+        runs.run_here(folder, "objective=mae", "max_steps=2", "knn.every_n_steps=0", *words)
+    finally:
+        hook.remove()
+    trained = made[-1]
+    parts = {"backbone": next(iter(trained.exports().values())).timm.blocks, "decoder": trained.decoder.blocks}
+    return {f"{part} {i}": calls[block.norm1] for part, blocks in parts.items() for i, block in enumerate(blocks)}
+
+
+def test_a_run_that_asks_for_it_computes_every_block_twice(tmp_path, monkeypatch):
+    kept = block_calls(monkeypatch, tmp_path / "kept")
+    again = block_calls(monkeypatch, tmp_path / "again", "trainer.checkpointing=true")
+    assert len(kept) > 4 and set(kept.values()) == {2}
+    assert set(again.values()) == {4}, again
 
 
 def test_a_generic_model_is_refused_in_one_sentence(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 import runs
 from selfsight.config import ConfigError
-from selfsight.training import checkpoint, loop
+from selfsight.training import checkpoint, loop, meet
 
 STEPS = 45  # 40 samples in batches of 8: the stop falls into the middle of an epoch
 SLOW = ("knn.every_n_steps=1000",)  # at the ends only
@@ -105,9 +105,46 @@ def test_a_deliberate_change_is_recorded(tmp_path):
     assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000003"
 
 
-def test_the_step_to_continue_from_is_compared_between_processes(tmp_path, monkeypatch):
-    steps = []
-    monkeypatch.setattr(loop, "same_start", lambda step, device: steps.append(step))
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_damaged_checkpoint_costs_no_good_one_and_without_any_the_run_is_refused(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "r" / "checkpoints"
+    words = ("max_steps=6", "checkpoint.every_n_steps=4", "knn.every_n_steps=0")
+    runs.run_here(tmp_path / "r", *words)
+    spoil(folder / "step-000000006")
+    monkeypatch.setenv("SELFSIGHT_FAULTS", "step.forward:term@4")
+    with pytest.raises(loop.RunStopped, match="stopped by a signal at step 5"):
+        runs.run_here(tmp_path / "r", *words, "checkpoint.keep_last=1")
+    assert "set aside as damaged-step-000000006" in capsys.readouterr().out
+    assert checkpoint.newest(folder).name == "step-000000005"
+    spoil(folder / "step-000000005")
+    with pytest.raises(checkpoint.CheckpointError, match="train from the start in another run_dir"):
+        runs.run_here(tmp_path / "r", *words)
+
+
+def spoil(path):
+    (path / "model.safetensors").write_bytes(b"")
+
+
+def test_what_processes_must_have_in_common_is_compared_when_they_meet(tmp_path, monkeypatch):
+    met = []
+    monkeypatch.setattr(meet, "same_start", lambda facts, data, device: met.append((facts, data)))
     for total in (1, 2):
-        runs.run_here(tmp_path / "r", f"max_steps={total}", "allow_change=true", "knn.every_n_steps=0")
-    assert steps == [0, 1]
+        words = (f"max_steps={total}", "num_workers=0", "allow_change=true", "knn.every_n_steps=0")
+        runs.run_here(tmp_path / "r", *words)
+    (first, data), (second, _) = met
+    assert {k for k in first if first[k] != second[k]} == {"step", "max_steps", "the number of steps"}
+    assert (second["step"], second["seed"], second["objective.name"]) == (1, 0, "mae")
+    assert not {"run_dir", "data.train", "num_workers", "trainer.devices", "logger.name"} & set(first)
+    assert len(first["data"]) == 64 and data.startswith("scenes") and data.endswith("(40 samples)")
+
+
+def test_the_sentence_about_processes_that_differ_names_them_and_the_key():
+    same = {"step": 0, "data": "a", "seed": 0, "batch_size": 8}
+
+    def told(*changes):
+        return meet.difference([same | change for change in changes], ["a.tar", "b.tar", "c.tar"])
+
+    assert "process 0 would continue from step 0 and process 1 from step 4" in told({}, {"seed": 5, "step": 4}, {})
+    assert "process 0 would train on a.tar, process 2 on c.tar, and these" in told({}, {}, {"data": "b", "seed": 1})
+    assert told({}, {"seed": 5}, {"seed": 6}).startswith("seed is 0 in process 0 and 5 in processes 1, 2: start all")
+    assert told({}, {"optim.x": 1}).startswith("optim.x is null in process 0 and 1 in process 1")

@@ -1,15 +1,26 @@
 """`trainer.strategy=fsdp`: two processes with shards end where two whole ones do, and one goes on from there."""
 
+import json
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import runs
 from selfsight import config
+from selfsight.backbones.watch import blocks_of
 from selfsight.config import ConfigError
+from selfsight.objectives import build_objective
+from selfsight.training import sharded
 from selfsight.training.lightning import make_trainer, strategy_of
 from selfsight.training.log import read_metrics
+from selfsight.training.stop import Agreement
+from selfsight.training.teacher import local
 
 WORDS = (
     "objective=dino", "max_steps=6", "knn.every_n_steps=3", "checkpoint.every_n_steps=2", "optim.clip=0.5",
@@ -37,6 +48,11 @@ def test_a_generic_model_is_refused():
         strategy_of(cfg, 2, "32-true")
 
 
+def test_two_processes_share_the_weights():
+    cfg = config.load("train", ["trainer.strategy=fsdp", "backbone=vit_nano"])
+    assert isinstance(strategy_of(cfg, 2, "bf16-mixed"), ModelParallelStrategy)
+
+
 def test_one_process_has_nothing_to_shard():
     cfg = config.load("train", ["trainer.strategy=fsdp", "trainer.devices=1", "trainer.accelerator=cpu"])
     assert strategy_of(cfg, 1, "32-true") == "auto"
@@ -50,18 +66,110 @@ def test_only_the_watchdog_ends_a_wait(name):
     assert strategy_of(cfg, 2, "32-true")._timeout.days > 30
 
 
+def test_only_the_watchdog_ends_the_wait_for_one_that_evaluates(tmp_path, monkeypatch):
+    """The group in which processes agree has a limit of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        group = Agreement().group
+        assert group._get_backend(torch.device("cpu")).options._timeout.days > 30
+    finally:
+        dist.destroy_process_group()
+
+
+class Copies(TorchDispatchMode):
+    """Notes what is copied to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.made.append((tuple(out.shape), StorageWeakRef(out.untyped_storage())))
+        return out
+
+    def left(self, shapes):
+        return sum(shape in shapes and not storage.expired() for shape, storage in self.made)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["vit_nano", pytest.param("convnext_nano_lite", marks=pytest.mark.slow)])
+def test_half_precision_keeps_no_copies_of_blocks_and_computes_the_same(mesh, name):
+    cfg = config.load("train", ["objective=dino", f"backbone={name}", "image_size=64", "views.local.n=0"])
+    images, copies, gradients = torch.randn(2, 3, 64, 64), [], []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        objective = build_objective(cfg, total_steps=1, steps_per_epoch=1).train()
+        backbone = objective.student["backbone"]
+        objective.loss = lambda backbone=backbone: backbone(images).pooled.float().square().sum()
+        blocks = list(blocks_of(backbone.timm).values())
+        shapes = {tuple(p.shape) for block in blocks for p in block.parameters() if p.ndim > 1}
+        if cut:
+            sharded.shard(objective, mesh)
+        with Copies() as noted, torch.autocast("cpu", torch.bfloat16):
+            loss = objective.loss()
+            copies.append(noted.left(shapes))
+        loss.backward()
+        gradients.append({n: local(p.grad) for n, p in backbone.named_parameters() if p.grad is not None})
+    assert copies[0] > len(blocks) and copies[1] == 0
+    runs.assert_identical(*gradients)
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """A run of two processes with DDP, and one of two with shards and recomputed blocks."""
-    root = tmp_path_factory.mktemp("fsdp")
-    two = ("trainer.devices=2",)
+    """A run of two processes with DDP, and one of two with shards and recomputed blocks, whose processes note what
+    they hold."""
+    return pair(tmp_path_factory.mktemp("fsdp"), WORDS, "trainer.checkpointing=true")
+
+
+def pair(root, words, *more):
+    """The folder of two finished runs of two processes: `ddp`, and `fsdp` with more words."""
     started = {
-        "ddp": runs.start(root / "ddp", *WORDS, *two),
-        "fsdp": runs.start(root / "fsdp", *WORDS, *two, "trainer.strategy=fsdp", "trainer.checkpointing=true"),
+        "ddp": runs.start(root / "ddp", *words, "trainer.devices=2"),
+        "fsdp": runs.start(
+            root / "fsdp", *words, "trainer.devices=2", "trainer.strategy=fsdp", *more, script="tests/noted_run.py"
+        ),
     }
     for name, process in started.items():
         assert process.wait(900) == 0, (root / f"{name}.log").read_text()
     return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_of_a_sharded_run_holds_about_half_and_computes_blocks_twice(both, rank):
+    noted = json.loads((both / f"noted-{rank}.json").read_text())
+    assert noted["strategy"] == "ModelParallelStrategy" and noted["sharded"]
+    assert 0.4 < noted["local"] / noted["whole"] < 0.6
+    assert noted["passes"] and set(noted["block_calls"].values()) == {2 * noted["passes"]}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """The same in half precision, a few steps."""
+    words = [word.replace("max_steps=6", "max_steps=4") for word in WORDS] + ["trainer.precision=bf16-mixed"]
+    return pair(tmp_path_factory.mktemp("halves"), words)
+
+
+@pytest.mark.slow
+def test_shards_in_half_precision_end_where_whole_processes_do(halves):
+    """The same roundings to eight bits; sums are in another order."""
+    ddp, fsdp = (read_metrics(halves / name / "metrics.csv") for name in ("ddp", "fsdp"))
+    losses = [[float(row["loss"]) for row in rows if row.get("loss")] for rows in (ddp, fsdp)]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-3)
+    ddp, fsdp = (runs.final_state(halves / name) for name in ("ddp", "fsdp"))
+    for key, whole in ddp.items():
+        assert fsdp[key].dtype == whole.dtype, key
+        assert (fsdp[key] - whole).double().norm() <= 0.01 * whole.double().norm(), key
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
 """Runs that meet trouble: bad samples, a full disk, a loss that is not finite. Counted, saved, said in a sentence."""
 
+import errno
 import functools
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +14,13 @@ from safetensors.torch import load_file, save_file
 import runs
 from selfsight import cli
 from selfsight.config import ConfigError
+from selfsight.data.manifest import Shards
 from selfsight.data.rng import key_of
 from selfsight.objectives.mae import MAE
 from selfsight.training import checkpoint
 from selfsight.training.log import read_metrics
-from selfsight.training.loop import AfterStep, RunStopped
+from selfsight.training.loop import AfterStep, RunStopped, listed
+from selfsight.training.stop import loader_is_gone
 
 
 def test_bad_samples_of_a_stream_are_counted_and_listed(tmp_path):
@@ -81,6 +87,70 @@ def test_a_disk_that_is_full_for_a_while_costs_one_checkpoint(tmp_path, monkeypa
     runs.run_here(tmp_path / "r", "max_steps=3", "knn.every_n_steps=0", "checkpoint.every_n_steps=1")
     assert "checkpoint at step 1 FAILED" in capsys.readouterr().out
     assert sorted(p.name[-1] for p in (tmp_path / "r" / "checkpoints").glob("step-*")) == ["2", "3"]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Files (by name) that take no more than half of the next write until the number of refusals is used up."""
+    refusals, real = {}, Path.open
+
+    def open_(path, mode="r", *args, **kwargs):
+        file = real(path, mode, *args, **kwargs)
+        if refusals.get(path.name) and mode[0] in "aw":
+            refusals[path.name] -= 1
+            write = file.write
+
+            def half(text):
+                write(text[: len(text) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            return Half(file, half)
+        return file
+
+    monkeypatch.setattr(Path, "open", open_)
+    return refusals
+
+
+class Half:
+    """A file whose write fails half-way."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+@pytest.mark.parametrize(("file", "times"), [("metrics.tmp", 2), ("metrics.csv", 1)])
+def test_a_full_disk_costs_no_row_and_does_not_end_a_run(tmp_path, full_disk, capsys, file, times):
+    full_disk[file] = times
+    runs.run_here(tmp_path / "r", "max_steps=4", "knn.every_n_steps=0", "checkpoint.every_n_steps=9")
+    said = capsys.readouterr().out
+    assert said.count("metrics.csv cannot be written (No space left on device): the run goes on") == 1
+    assert said.count("metrics.csv is written again, with all lines that waited") == 1
+    rows = read_metrics(tmp_path / "r" / "metrics.csv")
+    assert [row["step"] for row in rows] == list("1234") and all(len(row["loss"]) > 3 for row in rows)
+
+
+def test_a_row_that_waits_is_written_before_the_checkpoint(tmp_path, full_disk):
+    full_disk["metrics.csv"] = 1
+    words = ("max_steps=2", "log_every_n_steps=2", "knn.every_n_steps=0")
+    runs.run_here(tmp_path / "r", *words, without=("log_every_n_steps",))
+    (row,) = read_metrics(tmp_path / "r" / "metrics.csv")
+    assert row["step"] == "2" and row["images_per_second"]
+
+
+def test_a_full_disk_loses_no_bad_sample(tmp_path, full_disk, capsys):
+    pattern = runs.shard(tmp_path / "a.tar", 24, bad=(3, 9, 17))
+    full_disk["skipped.jsonl"] = 2
+    words = ("data=shards", f"data.train={pattern}", "max_steps=3", "knn.every_n_steps=0")
+    runs.run_here(tmp_path / "r", *words, without=runs.SCENES)
+    said = capsys.readouterr().out
+    assert said.count("skipped.jsonl cannot be written") == 1 and said.count("skipped.jsonl is written again") == 1
+    assert listed(tmp_path / "r" / "skipped.jsonl") == {3, 9, 17}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -198,3 +268,47 @@ def test_a_step_that_was_not_finite_is_repeated(tmp_path, capsys):
     assert "the first output that is not finite is that of teacher.backbone.timm.patch_embed.proj\n" in said
     assert cli.main(None, ["replay", "batch=runs/x/other.safetensors"]) == 2
     assert "other.safetensors is not a saved step" in capsys.readouterr().err
+
+
+def test_a_loader_process_that_the_system_ends_is_one_sentence_about_memory(tmp_path, monkeypatch, capsys):
+    read, here = Shards.read, os.getpid()
+
+    def out_of_memory(self, id):
+        if os.getpid() != here and torch.utils.data.get_worker_info().id == 1 and (tmp_path / "now").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, id)
+
+    monkeypatch.setattr(Shards, "read", out_of_memory)
+    words = [*runs.TINY, f"run_dir={tmp_path / 'r'}", "knn.every_n_steps=0", "num_workers=2", "max_steps=40"]
+    words = [word for word in words if word != "num_workers=0"]
+    monkeypatch.setattr(checkpoint, "prune", lambda *_: (tmp_path / "now").touch())
+    assert runs.with_handlers_put_back(lambda: cli.main("train", [*words, "checkpoint.every_n_steps=2"])) == 6
+    said = capsys.readouterr().err
+    assert said.startswith("stopped: a loader process was ended by the system (Killed, as it does when memory runs out")
+    assert "use fewer than num_workers=2" in said and said.count("\n") == 1
+    assert checkpoint.newest(tmp_path / "r" / "checkpoints") is not None
+
+
+def test_another_error_of_a_loader_is_not_taken_for_one_that_was_ended():
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+    later = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    later.__cause__ = killed
+    assert loader_is_gone(killed) == loader_is_gone(later) == "Bus error"
+    assert loader_is_gone(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
+    assert loader_is_gone(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")) == "no reason is known"
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
+    mkdir = Path.mkdir
+
+    def read_only(path, *args, **kwargs):
+        if path == tmp_path / "r":
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    words = [*runs.TINY, f"run_dir={tmp_path / 'r'}", "knn.every_n_steps=0", "max_steps=1"]
+    assert runs.with_handlers_put_back(lambda: cli.main("train", words)) == 2
+    said = capsys.readouterr().err
+    assert f"error: run_dir={tmp_path / 'r'} cannot be written (Read-only file system): give one" in said
+    assert said.count("\n") == 1

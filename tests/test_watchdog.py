@@ -1,5 +1,6 @@
 """A run in which nothing moves ends and says which process hangs in what; long evaluations are not hangs."""
 
+import functools
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import time
 import pytest
 
 import runs
-from kill_driver import Job, count, words_for
+from kill_driver import Job, command, count, words_for
+from selfsight.training import checkpoint, loop
+from selfsight.training.run import Run
 from selfsight.training.watchdog import CODE, DATA, MEET, START, STEP, Watchdog
 
 LIMIT = 0.6  # seconds
@@ -34,7 +37,8 @@ def note(folder, rank, phase, step, seconds=0.0, age=0.0):
     (folder / ".pulse").mkdir(exist_ok=True)
     seen = {"phase": phase, "step": step, "seconds": seconds, "time": time.time() - age, "host": "n7", "pid": 41}
     text = json.dumps(seen)
-    (folder / ".pulse" / f"rank-{rank}.json").write_text(text)
+    (folder / "note").write_text(text)
+    (folder / "note").replace(folder / ".pulse" / f"rank-{rank}.json")
 
 
 def ended(codes, seconds=8.0):
@@ -48,7 +52,7 @@ def test_a_wait_for_data_that_does_not_end_is_named(watch, tmp_path, capfd):
     make, codes = watch
     dog = make()
     dog.enter(DATA, 7)
-    dog.start()
+    dog.start(4)
     assert ended(codes) == [CODE]
     said = capfd.readouterr().err
     assert "hang: rank 0 has been waiting for data for step 8 since" in said and "trainer.hang_minutes" in said
@@ -61,7 +65,7 @@ def test_the_process_that_is_behind_is_the_one_that_hangs(watch, tmp_path, capfd
     note(tmp_path, 3, DATA, 6, seconds=70)
     note(tmp_path, 2, STEP, 6, seconds=69)
     dog.enter(STEP, 7)  # waits for the others
-    dog.start()
+    dog.start(4)
     assert ended(codes) == [CODE]
     said = capfd.readouterr().err
     assert "hang: rank 3 has been waiting for data for step 7 since 70 s" in said
@@ -75,7 +79,7 @@ def test_a_process_that_is_gone_is_named_and_notes_of_an_earlier_session_are_not
     note(tmp_path, 1, STEP, 7, age=50)
     note(tmp_path, 2, "saving", 3, age=5000)
     dog.enter(STEP, 7)
-    dog.start()
+    dog.start(4)
     assert ended(codes) == [CODE]
     said = capfd.readouterr().err
     assert re.search(r"hang: rank 1 has not been heard of for 5\d s \(process 41 on n7, computing for step 8\)", said)
@@ -87,7 +91,7 @@ def test_what_may_take_long_is_no_hang(watch, tmp_path, whose):
     make, codes = watch
     dog = make()
     dog.enter(STEP, 7)
-    dog.start()
+    dog.start(4)
     if whose == "own":
         with dog.busy("evaluating"):
             assert not ended(codes, 4 * LIMIT)
@@ -98,10 +102,53 @@ def test_what_may_take_long_is_no_hang(watch, tmp_path, whose):
     assert ended(codes) == [CODE]
 
 
+def test_who_waits_for_one_that_has_just_moved_does_not_end_it(watch, tmp_path):
+    make, codes = watch
+    dog = make()
+    dog.enter(STEP, 7)  # since long ago: the other one evaluated meanwhile
+    dog.start(4)
+    until = time.monotonic() + 4 * LIMIT
+    while time.monotonic() < until:
+        note(tmp_path, 1, STEP, 7, seconds=0.1)
+        time.sleep(0.05)
+    assert not codes
+    assert ended(codes) == [CODE]
+
+
+def test_a_process_that_an_earlier_session_had_is_not_waited_for(watch, tmp_path, capfd):
+    make, codes = watch
+    dog = make()
+    dog.began -= 10
+    note(tmp_path, 2, STEP, 7, seconds=9, age=9)
+    dog.enter(DATA, 7)
+    dog.start(2)
+    assert ended(codes) == [CODE]
+    said = capfd.readouterr().err
+    assert "hang: rank 0 has been waiting for data for step 8" in said and "rank 2" not in said
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_srun_is_told_to_end_what_does_not_answer(watch, tmp_path, monkeypatch, silent):
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    (tmp_path / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {"JOB_ID": "7", "STEP_ID": "0", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    make, codes = watch
+    dog = make()
+    note(tmp_path, 1, STEP, 7, seconds=9, age=9 if silent else 0)
+    dog.enter(STEP, 7)
+    dog.began -= 10
+    dog.start(2)
+    assert ended(codes) == [CODE]
+    told = (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""
+    assert told == ("--signal=KILL 7.0\n" if silent else "")
+
+
 def test_progress_is_no_hang_and_the_notes_go(watch, tmp_path):
     make, codes = watch
     dog = make()
-    dog.start()
+    dog.start(4)
     for step in range(12):
         dog.enter(STEP, step)
         time.sleep(LIMIT / 4)
@@ -111,8 +158,44 @@ def test_progress_is_no_hang_and_the_notes_go(watch, tmp_path):
 
 def test_no_limit_no_thread(tmp_path):
     dog = Watchdog(tmp_path, 0, 0.0)
-    dog.start()
+    dog.start(4)
     assert dog.thread is None and not (tmp_path / ".pulse").exists()
+
+
+@pytest.mark.parametrize("what", ["the start", "a step", "saving"])
+def test_a_run_may_evaluate_and_save_for_longer_than_the_limit(tmp_path, monkeypatch, what):
+    codes = []
+    monkeypatch.setattr(loop, "Watchdog", functools.partial(Watchdog, end=codes.append))
+    call = {"the start": (Run, "_untrained"), "a step": (Run, "_evaluate"), "saving": (checkpoint, "save")}[what]
+    own = getattr(*call)
+
+    def slow(*args, **kwargs):
+        time.sleep(3 * LIMIT)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(*call, slow)
+    runs.run_here(tmp_path / "r", "max_steps=2", f"trainer.hang_minutes={LIMIT / 60}", "checkpoint.every_n_steps=1")
+    assert not codes
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_the_first_process_longer_than_the_limit(tmp_path):
+    (tmp_path / "victim").mkdir()
+    words = words_for(tmp_path / "victim", runs.shard(tmp_path / "a.tar", 40), 2, 2)
+    job = Job([*words, "trainer.hang_minutes=0.1", "knn.every_n_steps=1"], tmp_path / "log", ranks=2, target=slowly)
+    assert job.wait() == [0, 0] and "hang" not in job.text(), job.text()
+
+
+def slowly(words, log, env):
+    """The command with evaluations longer than the limit, the first of which comes before the processes meet."""
+    own = Run._evaluate
+
+    def evaluate(self, *args):
+        time.sleep(9)
+        return own(self, *args)
+
+    Run._evaluate = evaluate
+    command(words, log, env)
 
 
 @pytest.mark.slow

@@ -127,11 +127,17 @@ def _setting(cfg: Any) -> Setting:
     world = local * t.num_nodes
     micro = micro_batches(cfg.batch_size, world, t.max_batch_per_device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    compiled = t.compile in (True, "true") or (t.compile == "auto" and on_gpu and not _sharded(cfg, world))
     return Setting(
         world, cfg.batch_size // world, micro, workers_for(cfg.num_workers, local, on_gpu), cores, local,
         torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
-        precision_of(t.precision, on_gpu), t.compile in (True, "true") or (t.compile == "auto" and on_gpu),
+        precision_of(t.precision, on_gpu), compiled,
     )  # fmt: skip
+
+
+def _sharded(cfg: Any, processes: int) -> bool:
+    """Whether the run keeps shards, of which one process shows nothing."""
+    return cfg.trainer.strategy == "fsdp" and processes > 1
 
 
 def _one_process(cfg: Any) -> Any:
@@ -361,10 +367,14 @@ def _print_setting(cfg: Any, source: Source, s: Setting) -> None:
     of = f" (one process of {s.processes}, without the exchange of gradients)" if s.processes > 1 else ""
     workers = f"{s.workers} loader worker{'s' if s.workers != 1 else ''}"
     compiled = ", compiled" if s.compiled else ""
+    whole = (
+        "\n  trainer.strategy=fsdp is measured with whole weights: what shards save and cost is not seen"
+        if _sharded(cfg, s.processes) else ""
+    )  # fmt: skip
     print(
         f"{cfg.objective.name} on {cfg.backbone.name}, {cfg.image_size} px: batches of {s.local_batch}{micro}{of}\n"
         f"  {s.device}, {s.precision}{compiled}, {workers}, {s.cores} cores; {source.describe}\n"
-        f"  median of {WINDOWS} windows, {cfg.seconds:g} s each part, warm-up not counted{_busy(s.cores)}\n\n"
+        f"  median of {WINDOWS} windows, {cfg.seconds:g} s each part, warm-up not counted{whole}{_busy(s.cores)}\n\n"
         f"  {'':12}  images/s   slowest .. fastest window",
         flush=True,
     )

@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .schema import COMMANDS, DURATIONS, NOT_IN_RESULT, SCHEMAS, ConfigError, Fallback
+from .schema import COMMANDS, DURATIONS, NOT_IN_RESULT, PER_PROCESS, SCHEMAS, ConfigError, Fallback
 from .schema import duration as duration
 
 # --- composing ----------------------------------------------------------------------------------------------------
@@ -520,6 +520,12 @@ def result_hash(cfg: DictConfig) -> str:
     """Eight hex digits that change when, and only when, a key changes that changes the result."""
     text = json.dumps(_result(cfg), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def in_common(cfg: DictConfig) -> dict[str, Any]:
+    """Key -> value of everything that the processes of one run must have in common."""
+    pairs = _flatten(OmegaConf.to_container(cfg, resolve=True))
+    return {k: v for k, v in pairs if not {k.split(".")[0], k.split(".")[-1]} & set(PER_PROCESS)}
 
 
 def diff(old: DictConfig, new: DictConfig) -> list[str]:

@@ -1060,6 +1060,12 @@ SCHEMAS: dict[str, Any] = {
     },
 }
 DURATIONS = ("max_steps", "max_epochs", "max_images")
+# Last words of keys that may differ between the processes of a run: places (what is there is compared), and what is
+# decided by each process or by the first one.
+PER_PROCESS = (
+    *("run_dir", "train", "val", "root", "root_val", "objects", "index_dir", "cache", "cache_gb", "retries", "timeout"),
+    *("allow_change", "num_workers", "devices", "compile", "hang_minutes", "logger", "launcher"),
+)
 # Where it runs, how fast, what it writes: may differ on resume and leaves the name of the run folder alone.
 # The recipe and the backbone's decoder are defaults: what they led to stands in the keys that they filled.
 NOT_IN_RESULT = (

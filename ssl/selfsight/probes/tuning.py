@@ -224,6 +224,7 @@ class Training:
     def _continue(self) -> None:
         checkpoint.clean(self.folder)
         path = checkpoint.newest(self.folder) if self.folder.is_dir() else None
+        checkpoint.set_aside(self.folder, int(path.name.split("-")[1]) if path else -1)
         if path is None:
             return
         state, meta = checkpoint.load(path)

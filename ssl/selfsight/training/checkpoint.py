@@ -27,6 +27,7 @@ from ..faults import fault
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})$")
+_ASIDE = "damaged-"
 
 
 class CheckpointError(ValueError):
@@ -122,14 +123,41 @@ def best(folder: Path) -> Path | None:
     return path if (path / "MANIFEST.json").exists() else None
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files verify; warns about newer ones that do not. None when there is none."""
+def newest(folder: Path, *, refuse: bool = False) -> Path | None:
+    """The newest checkpoint whose files verify; warns about newer ones that do not. None when there is none.
+
+    refuse: CheckpointError when there are some and all are damaged, for a run, which must not begin anew in silence.
+    """
+    found, damaged = None, {}
     for _, path in sorted(_finished(folder), reverse=True):
         problem = verify(path)
         if problem is None:
-            return path
-        warnings.warn(f"{path} is damaged ({problem}); falling back to the one before it", stacklevel=2)
-    return None
+            found = path
+            break
+        damaged[path] = problem
+    if damaged and not found and refuse:
+        what = ", ".join(f"{path} is damaged ({problem})" for path, problem in damaged.items())
+        raise CheckpointError(
+            f"no checkpoint can be used: {what}; put a good copy in place of one, or train from the start in another "
+            "run_dir, or here after removing them"
+        )
+    for path, problem in damaged.items():
+        instead = "falling back to the one before it" if found else "no other can be used"
+        warnings.warn(f"{path} is damaged ({problem}); {instead}", stacklevel=2)
+    return found
+
+
+def set_aside(folder: Path, after: int) -> list[str]:
+    """Rename damaged checkpoints of steps beyond `after`, from where it goes on: they would be counted among the newest
+    that are kept, in place of good ones. Returns a sentence for each; they go when their steps have been passed."""
+    said = []
+    for step, path in sorted(_finished(folder)):
+        if step > after and (problem := verify(path)) is not None:
+            aside = path.with_name(_ASIDE + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            said.append(f"{path} is damaged ({problem}): set aside as {aside.name} until step {step} is passed")
+    return said
 
 
 def verify(path: Path) -> str | None:
@@ -191,9 +219,11 @@ def prune(folder: Path, keep_last: int, protect: Collection[int] = ()) -> None:
     keep = {p.name for _, p in found[: max(1, keep_last)]} | {p.name for step, p in found if step in protect}
     if (top := best(folder)) is not None:
         keep.add(top.name)
-    for _, path in list(_finished(folder)):
-        if path.name not in keep:
-            _remove(path)
+    gone = [path for _, path in found if path.name not in keep]
+    if found:
+        gone += [path for path in folder.glob(f"{_ASIDE}step-*") if path.name <= _ASIDE + found[0][1].name]
+    for path in gone:
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

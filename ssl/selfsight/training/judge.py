@@ -57,9 +57,8 @@ class Judge:
     def backbone(self, which: str | None = None) -> Backbone:
         """The backbone to judge and export (None: the default one); see `clean`. For a stream, statistics come from the
         last batch."""
-        self.module.to(self.device)
         exports = self.module.objective.exports()
-        backbone = exports[which or next(iter(exports))]
+        backbone = exports[which or next(iter(exports))].to(self.device)  # a twin of shards: no more than is looked at
         fresh = self.module.step == 0 and has_batchnorm(backbone)  # zeros and ones are nobody's statistics
         if not fresh and not spoiled(self.module.objective, backbone):
             return backbone
@@ -95,6 +94,7 @@ class Judge:
             return copy.deepcopy(self.backbone(which)).eval()
 
     def _draw(self, backbone: Backbone, step: int) -> list[Path]:
+        self.module.to(self.device)
         batch = self._prepared(range(min(PICTURE_SAMPLES, self.cfg.batch_size)))
         objective, mean, std = self.module.objective, self.module.mean.tolist(), self.module.std.tolist()
         batch = objective.draw(batch, step)
@@ -106,8 +106,8 @@ class Judge:
     @torch.no_grad()
     def _prepare(self, batch: Batch) -> Batch:
         tensors = {k: v for k, v in batch.items() if k != "events"}
-        module = self.module.to(self.device)
-        return prepare(tree_map(lambda t: t.to(self.device), tensors), module.views, module.mean, module.std)
+        mean, std = self.module.mean.to(self.device), self.module.std.to(self.device)
+        return prepare(tree_map(lambda t: t.to(self.device), tensors), self.module.views, mean, std)
 
 
 def has_batchnorm(backbone: Backbone) -> bool:

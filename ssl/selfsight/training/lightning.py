@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,9 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from ..config import ConfigError
 from . import sharded
-
-# torch ends processes that wait for half an hour, also for one that evaluates. The watchdog knows the difference.
-FOREVER = timedelta(days=365)
+from .stop import FOREVER
 
 
 def precision_of(wanted: str, on_gpu: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,44 @@ def count(n: float) -> str:
     raise AssertionError
 
 
-class Metrics:
-    """metrics.csv: one row per logged step, blank cells where a number was not measured."""
+class Patient:
+    """Writes of one file that must not end a run: a full disk is said once, and whoever writes tries again later."""
 
-    def __init__(self, path: Path, after_step: int):
+    def __init__(self, path: Path, say: Callable[[str], None] = print):
+        self.path, self.say, self.failed = path, say, False
+
+    def __call__(self, write: Callable[[], None]) -> bool:
+        """Whether it was written."""
+        try:
+            write()
+        except OSError as error:
+            if not self.failed:
+                self.say(
+                    f"{self.path} cannot be written ({error.strerror or error}): the run goes on, keeps its lines and "
+                    "tries again with the next one; make room"
+                )
+            self.failed = True
+            return False
+        if self.failed:
+            self.say(f"{self.path} is written again, with all lines that waited")
+        self.failed = False
+        return True
+
+
+class Metrics:
+    """metrics.csv: one row per logged step, blank cells where a number was not measured.
+
+    Rows that a full disk does not take stay in memory; they are written with the next one, or by `retry`.
+    """
+
+    def __init__(self, path: Path, after_step: int, say: Callable[[str], None] = print):
         """Continue the file, without rows after `after_step` (a resumed run replays them)."""
-        self.path = path
+        self.path, self.write = path, Patient(path, say)
         self.rows = [r for r in read_metrics(path) if int(r["step"]) <= after_step]
         self.columns = list(BASE)
         for row in self.rows:
             self.columns += [k for k in row if k not in self.columns]
-        self._write_all()
+        self.write(self._write_all)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; numbers are written with six digits."""
@@ -51,11 +79,17 @@ class Metrics:
         self.rows.append(text)
         new = [k for k in text if k not in self.columns]
         self.columns += new
-        if new:
-            self._write_all()
-        else:
-            with self.path.open("a", newline="") as f:
-                csv.DictWriter(f, self.columns, restval="").writerow(text)
+        # What a failed write has left may end in the middle of a row.
+        self.write(self._write_all if new or self.write.failed else lambda: self._append(text))
+
+    def retry(self) -> None:
+        """Write what waits, if anything does."""
+        if self.write.failed:
+            self.write(self._write_all)
+
+    def _append(self, text: dict[str, str]) -> None:
+        with self.path.open("a", newline="") as f:
+            csv.DictWriter(f, self.columns, restval="").writerow(text)
 
     def _write_all(self) -> None:
         tmp = self.path.with_suffix(".tmp")

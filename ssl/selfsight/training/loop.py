@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import ConfigError
 from ..faults import fault
 from ..objectives.objective import Objective
-from . import checkpoint, replay
+from . import checkpoint, meet, replay
 from .evals import Evals
-from .log import Bar, Metrics, Speed, duration, log_line
+from .log import Bar, Metrics, Patient, Speed, duration, log_line
 from .module import Module
 from .optim import optimizer_state
 from .sharded import Whole, together
@@ -56,6 +55,8 @@ class Plan:
     keep_best: bool
     max_bad: int
     meta: dict = field(default_factory=dict)  # goes into every checkpoint
+    in_common: dict = field(default_factory=dict)  # what must be the same on all processes
+    data: str = ""  # words for what is trained on
     flops_per_image: float | None = None
     peak_flops: float | None = None  # of all devices together
     hang_minutes: float = 0.0  # 0: no watchdog
@@ -86,15 +87,22 @@ class AfterStep(pl.Callback):
         self.late = False  # whether the host reads one step later whether it was finite
         self.copied: tuple[Tensor, Callable[[], None]] | None = None
 
-    def watch(self, step: int, many: bool) -> None:
-        """Begin to watch, before `many` processes meet."""
-        self.watchdog.enter(MEET if many else START, step)
-        self.watchdog.start()
+    def watch(self, step: int, world: int) -> None:
+        """Begin to watch over so many processes, of which the first has still to begin the run."""
+        self.watchdog.enter(START, step)
+        self.watchdog.start(world)
+
+    def meet(self) -> None:
+        """From now on the others are waited for."""
+        if self.watchdog.world > 1:
+            self.watchdog.enter(MEET, self.watchdog.step)
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, module: Module, stage: str) -> None:
-        same_start(module.step, trainer.strategy.root_device)  # the first hook after the process group stands
+        # The first hook after the process group stands.
+        facts = self.plan.in_common | {meet.STEP: module.step}
+        meet.same_start(facts, self.plan.data, trainer.strategy.root_device)
         self.watchdog.enter(START, module.step)
 
     def on_train_start(self, trainer: pl.Trainer, module: Module) -> None:
@@ -104,14 +112,17 @@ class AfterStep(pl.Callback):
         self.late = module.device.type == "cuda"
         self.agreement, self.seen = Agreement(), module.step
         self.rank = trainer.global_rank
-        self.metrics = Metrics(self.plan.run_dir / "metrics.csv", module.step) if self.rank == 0 else None
         self.bar = Bar(self.plan.total_steps, module.step, self.rank == 0)
+        metrics = self.plan.run_dir / "metrics.csv"
+        self.metrics = Metrics(metrics, module.step, self.bar.line) if self.rank == 0 else None
         if self.evals is not None:
             self.evals.say = self.bar.line
         known = self.metrics.numbers("knn") if self.metrics else []
         self.best_knn = max((v for step, v in known if step > 0), default=None)
         self.watchdog.enter(DATA, module.step)
-        self.known = listed(self.plan.run_dir / "skipped.jsonl")
+        self.skipped = self.plan.run_dir / "skipped.jsonl"
+        self.list_bad, self.unlisted = Patient(self.skipped, self.bar.line), {}
+        self.known = listed(self.skipped)
         self.bad = set(self.known) if self.rank == 0 else set()
         self.ended = time.perf_counter()
 
@@ -160,6 +171,8 @@ class AfterStep(pl.Callback):
             )
             return
         numbers: dict[str, float] = {}
+        if agreed.stop and not last and (measure or draw or inline):  # its time may be over before these are
+            self._save(trainer, module, False, False)
         if self.whole is not None and (measure or draw or inline):
             self.whole.refresh()
         if (measure or draw) and self.rank == 0:
@@ -273,26 +286,38 @@ class AfterStep(pl.Callback):
         new = {e.id: e for e in events if e.id not in self.known}
         if not new:
             return
-        path = self.plan.run_dir / "skipped.jsonl"
-        self.known |= listed(path)
-        with path.open("a") as f:
-            for id, event in new.items():
-                if id not in self.known:
-                    self.bad.add(id)
-                    f.write(json.dumps(event._asdict() | {"rank": self.rank}) + "\n")
+        self.known |= listed(self.skipped)
+        for id, event in new.items():
+            if id not in self.known:
+                self.bad.add(id)
+                self.unlisted[id] = json.dumps(event._asdict() | {"rank": self.rank}) + "\n"
+        self._list_bad()
         self.known |= new.keys()
         first = next(iter(new.values()))
         self.bar.line(f"skipped {first.where}: {first.why} ({len(self.known)} so far, in skipped.jsonl)")
 
+    def _list_bad(self) -> None:
+        """Write what is to be listed; it waits for the next call where the disk is full."""
+        if self.unlisted and self.list_bad(self._append_bad):
+            self.unlisted = {}
+
+    def _append_bad(self) -> None:
+        done = listed(self.skipped)  # a write that failed may have got that far, and ended within a line
+        cut = self.skipped.exists() and not self.skipped.read_bytes().endswith(b"\n")
+        with self.skipped.open("a") as f:
+            f.write("\n" * cut + "".join(line for id, line in self.unlisted.items() if id not in done))
+
     def _save(self, trainer: pl.Trainer, module: Module, is_best: bool, must: bool) -> None:
         plan = self.plan
         self.clock.reset()
+        self._list_bad()  # a continued run does not meet again what lies before a checkpoint
         optim = optimizer_state(trainer.optimizers[0])
         if self.whole is not None:
             self.whole.refresh()
             optim = together(optim, keep=self.rank == 0)
         if self.rank != 0:
             return
+        self.metrics.retry()
         knn = float(self.metrics.rows[-1]["knn"]) if is_best else None
         files = {"model": checkpoint.unique_state(self._objective(module)), "optim": optim}
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -363,21 +388,6 @@ class AfterStep(pl.Callback):
         self.flag.training = False
         if self.agreement.many:
             dist.barrier()
-
-
-def same_start(step: int, device: torch.device) -> None:
-    """ConfigError on every process when they would continue from different steps."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    steps = [torch.empty((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(steps, torch.tensor(step, device=device))
-    found = [int(s) for s in steps]
-    if len(set(found)) > 1:
-        other = next(rank for rank, s in enumerate(found) if s != found[0])
-        raise ConfigError(
-            f"process 0 would continue from step {found[0]} and process {other} from step {found[other]}: they do not "
-            "see the same checkpoints; put run_dir on a disk that all of them share"
-        )
 
 
 def listed(path: Path) -> set[int]:

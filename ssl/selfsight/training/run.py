@@ -30,7 +30,7 @@ from ..data.stream import Stream
 from ..faults import fault
 from ..objectives import build_objective
 from ..objectives.objective import Objective
-from . import checkpoint, provenance
+from . import checkpoint, meet, provenance
 from .eval_plan import EvalPlan
 from .evals import Evals
 from .flops import peak_flops, step_flops_per_image
@@ -41,9 +41,9 @@ from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
-from .sharded import Whole
+from .sharded import Whole, goes_with_shards
 from .start import fill, keep, kept, open_start
-from .stop import StopFlag, peer_is_gone
+from .stop import StopFlag, loader_is_gone, peer_is_gone
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
 SMOKE = 10  # a run of fewer steps is a try-out: it is judged only when knn.every_n_steps is given
@@ -70,7 +70,7 @@ class Run:
         self.cfg, self.flag, self.dir, self.sink, self.began = cfg, flag, Path(cfg.run_dir), None, None
         self.rank = process_rank()
         self.changes = config.changes(cfg)
-        self.start_path = checkpoint.newest(self.dir / "checkpoints")
+        self.start_path = checkpoint.newest(self.dir / "checkpoints", refuse=True)
         self.start = int(self.start_path.name.split("-")[1]) if self.start_path else 0
         with torch.device("meta"):  # an objective or backbone that cannot be built is refused before data is touched
             tried = build_objective(cfg, total_steps=1, steps_per_epoch=1)
@@ -101,6 +101,8 @@ class Run:
             with (self.dir / "changes.jsonl").open("a") as f:
                 f.write(json.dumps({"time": time.strftime("%F %T"), "changes": self.changes}) + "\n")
         checkpoint.clean(self.dir / "checkpoints")
+        for sentence in checkpoint.set_aside(self.dir / "checkpoints", self.start):
+            print(sentence, flush=True)
         for pattern in LEFTOVERS:
             for path in self.dir.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -150,6 +152,11 @@ class Run:
             "seed": self.cfg.seed, "batch_size": self.cfg.batch_size, "chunk": data.chunk, "window": data.window,
             "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
         }  # fmt: skip
+
+    def _in_common(self) -> dict:
+        """What all processes of the run must have in common. Data are known by what they hold, not by their place."""
+        data = [Path(url).name for url in self.source.urls] if self.streaming else self.source.fingerprint
+        return config.in_common(self.cfg) | {meet.DATA: data, "the number of steps": self.total_steps}
 
     def _load(self, objective: Objective) -> tuple[dict[str, Tensor] | None, dict]:
         """Put the newest checkpoint into the objective; returns the optimizer's state and what stands beside it."""
@@ -225,6 +232,8 @@ class Run:
         self.module = self.shown = self._module(objective, optimizer_state, meta.get("scaler"))
         plan = self._plan()
         plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
+        plan.in_common = self._in_common()
+        plan.data = self.source.describe + ("" if self.streaming else f" ({self.num_samples:,} samples)")
         after = AfterStep(plan, self.rank, self.flag, self._evaluate)
         after.evals = self.evals
         trainer = make_trainer(cfg, [after])
@@ -235,34 +244,50 @@ class Run:
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if sharded:
             after.whole = self._whole()
-        if self.rank == 0:
-            self._begin(world, device, plan, loader.num_workers)
-            after.sink = self.sink
-        if (cfg.trainer.compile == "auto" and device.type == "cuda" and not sharded) or cfg.trainer.compile is True:
-            objective.compile(fullgraph=True, dynamic=False)
-        if cfg.trainer.checkpointing:
-            objective.checkpoint_blocks()
-        after.started = time.monotonic()
-        if self.start < self.total_steps:
-            after.watch(self.start, world > 1)
-            try:
+        after.watch(self.start, world)
+        try:
+            if self.rank == 0:
+                self._begin(world, device, plan, loader.num_workers)
+                after.sink = self.sink
+            if sharded:
+                after.whole.rest()  # it was looked at as the run begins
+            if (cfg.trainer.compile == "auto" and device.type == "cuda" and not sharded) or cfg.trainer.compile is True:
+                objective.compile(fullgraph=True, dynamic=False)
+            if cfg.trainer.checkpointing:
+                objective.checkpoint_blocks()
+            after.started = time.monotonic()
+            if self.start < self.total_steps:
+                after.meet()
                 trainer.fit(self.module, loader)
-            except torch.OutOfMemoryError as error:
-                raise RunStopped(_too_large(cfg, world, plan.micro_batches, device), 6) from error
-            except RuntimeError as error:
-                if world == 1 or not peer_is_gone(error):
-                    raise
-                raise RunStopped(
-                    f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
-                    f"says why it ended ({' '.join(str(error).split())[:120]}); the last checkpoint stands, and the "
-                    "same command continues from it",
-                    7,
-                ) from error
-            finally:
-                after.watchdog.stop()
+        except torch.OutOfMemoryError as error:
+            why = _too_large(cfg, world, plan.micro_batches, device)
+            raise RunStopped(f"{why}. {self._stands()}", 6) from error
+        except RuntimeError as error:
+            if (how := loader_is_gone(error)) is not None:
+                raise RunStopped(f"{_loader_gone(how, loader.num_workers)}. {self._stands()}", 6) from error
+            if world == 1 or not peer_is_gone(error):
+                raise
+            raise RunStopped(
+                f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
+                f"says why it ended ({' '.join(str(error).split())[:120]}). {self._stands()}",
+                7,
+            ) from error
+        finally:
+            after.watchdog.stop()
         if after.stopped is not None:
             raise after.stopped
-        return self._finish(world, device, after.seconds()) if self.rank == 0 else {}
+        if self.rank != 0:
+            return {}
+        if sharded:  # the shards and moments are still on the device
+            self.judge.device = torch.device("cpu")
+        return self._finish(world, device, after.seconds())
+
+    def _stands(self) -> str:
+        """Where the same command goes on after a run that ended early."""
+        path = checkpoint.newest(self.dir / "checkpoints")
+        if path is None:
+            return "No checkpoint has been written yet: the same command begins again"
+        return f"The checkpoint of step {int(path.name.split('-')[1]):,} stands, and the same command continues from it"
 
     def _module(self, objective: Objective, optimizer_state: dict | None = None, scaler: dict | None = None) -> Module:
         o = self.cfg.optim
@@ -328,7 +353,13 @@ class Run:
     def _begin(self, world: int, device: torch.device, plan: Plan, workers: int) -> None:
         """Rank 0: claim the folder, say what will happen, judge the backbone as it begins."""
         cfg, objective = self.cfg, self.module.objective
-        self._claim_folder()
+        try:
+            self._claim_folder()
+        except OSError as error:
+            raise config.ConfigError(
+                f"run_dir={self.dir} cannot be written ({error.strerror or error}): give one on a disk that has "
+                "room and where you may write"
+            ) from error
         precision = precision_of(cfg.trainer.precision, device.type == "cuda")
         resuming = f"at step {self.start:,} from {self.start_path}" if self.start else None
         print(
@@ -400,7 +431,16 @@ class Run:
             print(f"{which}: k-NN {numbers['knn']:.1f} %, raw pixels {numbers['knn_raw_pixels']:.1f} %", flush=True)
 
     def _evaluate(self, step: int, measure: bool, draw: bool) -> dict[str, float]:
-        numbers = self.judge.evaluate(step, measure, draw)
+        try:
+            numbers = self.judge.evaluate(step, measure, draw)
+        except torch.OutOfMemoryError as error:
+            looks = [name for name, due in (("knn", measure), ("pictures", draw)) if due]
+            off = " ".join(f"{name}.every_n_steps=0" for name in looks)
+            raise RunStopped(
+                f"judging step {step} ({', '.join(looks)}) does not fit into the memory of {self.judge.device} beside "
+                f"the training: use {off}, and evaluate the export. {self._stands()}",
+                6,
+            ) from error
         if draw and self.sink is not None:
             self.sink.pictures(sorted((self.dir / "pictures").glob(f"*-{step:07d}.png")), step)
         return numbers
@@ -457,14 +497,27 @@ def workers_for(wanted: int | None, local_world: int, on_gpu: bool) -> int:
 
 
 def _too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
-    """What to lower when the memory of a device is not enough; the batch stays the same in all of it."""
-    images = cfg.batch_size // (world * micro)
+    """What to lower when the memory of a device is not enough, nothing that would be refused; the batch stays the same
+    in all of it."""
+    images, t, whole = cfg.batch_size // (world * micro), cfg.trainer, cfg.adapt.name == "none"
+    walked, precision = cfg.backbone.family != "timm", precision_of(t.precision, device.type == "cuda")
     less = [f"trainer.max_batch_per_device={images // 2}"] if images > 1 else []
-    less += ["trainer.precision=bf16-mixed"] if precision_of(cfg.trainer.precision, True) == "32-true" else []
-    less += ["trainer.checkpointing=true"] if not cfg.trainer.checkpointing else []
-    less += ["trainer.strategy=fsdp"] if world > 1 and cfg.trainer.strategy != "fsdp" else []
-    less += ["adapt=lora", "a smaller backbone"]
+    less += ["trainer.precision=bf16-mixed"] if precision == "32-true" else []
+    less += ["trainer.checkpointing=true"] if walked and not t.checkpointing else []
+    less += ["trainer.strategy=fsdp"] if world > 1 and t.strategy != "fsdp" and goes_with_shards(cfg, precision) else []
+    fresh = ["adapt=lora"] if walked and whole and t.strategy != "fsdp" else []
+    fresh += ["a smaller backbone", "a smaller image_size"]
+    now = f"use {' or '.join(less)} (a step computes the same but for what compares images), or " if less else ""
     return (
-        f"{images} images at once do not fit into the memory of {device}; the last checkpoint stands. Use {less[0]} "
-        f"(what a step computes stays the same but for what compares images), or {', '.join(less[1:])}"
+        f"{images} image{'s' if images > 1 else ''} at once do{'' if images > 1 else 'es'} not fit into the memory of "
+        f"{device}: {now}begin another run with {' or '.join(fresh)}"
+    )
+
+
+def _loader_gone(how: str, workers: int) -> str:
+    """What to lower when the system has ended a loader process."""
+    why = {"Killed": ", as it does when memory runs out", "Bus error": ", as it does when /dev/shm is full"}
+    return (
+        f"a loader process was ended by the system ({how}{why.get(how, '')}): use fewer than num_workers={workers}, or "
+        "give the job more memory"
     )

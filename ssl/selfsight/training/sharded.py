@@ -6,7 +6,8 @@ Blocks are gathered when they are walked and given up again; what stands outside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,15 @@ def refuse(cfg: Any, precision: str) -> None:
             raise ConfigError(f"trainer.strategy=fsdp does not go together with {words}: {why}; use {instead}")
 
 
+def goes_with_shards(cfg: Any, precision: str) -> bool:
+    """Whether nothing is there to be refused."""
+    try:
+        refuse(cfg, precision)
+    except ConfigError:
+        return False
+    return True
+
+
 def shard(objective: Objective, mesh: DeviceMesh) -> None:
     """Cut an objective into shards over the processes of a mesh, in place; `loss` is then a collective."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -65,7 +75,46 @@ def shard(objective: Objective, mesh: DeviceMesh) -> None:
 
 
 def _walk(walker: Callable, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return walker(block, *args, **kwargs)
+    with cast_again(next(block.parameters()).device.type):
+        return walker(block, *args, **kwargs)
+
+
+@contextmanager
+def cast_again(kind: str) -> Iterator[None]:
+    """Within, autocast computes what it always does, but its copies of weights in half precision are not kept for the
+    backward pass, nor in its cache until the end of the step: whole blocks would stay on every process.
+
+    Not FSDP's MixedPrecisionPolicy, which also rounds what autocast leaves in float32 (norms, layer scales).
+    """
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+
+    def pack(saved: Tensor) -> Tensor | tuple:
+        weight = _cast_from(saved)
+        return saved if weight is None else (weight, saved.dtype, saved.size(), saved.stride())
+
+    def unpack(kept: Tensor | tuple) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        weight, dtype, size, stride = kept  # gathered again by now
+        return weight.detach().to(dtype).as_strided(size, stride)
+
+    autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _cast_from(saved: Tensor) -> Tensor | None:
+    """The weight of which a tensor, transposed perhaps, is all of a copy in another precision."""
+    node = saved.grad_fn
+    while node is not None and node.name() in ("TBackward0", "ViewBackward0"):
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    weight = getattr(node.next_functions[0][0], "variable", None)  # a leaf's
+    whole = isinstance(weight, nn.Parameter) and weight.is_contiguous() and weight.numel() == saved.numel()
+    return weight if whole and saved.storage_offset() == 0 else None
 
 
 def gathered(walker: Callable) -> Callable:

@@ -10,11 +10,14 @@ import os
 import re
 import signal
 import time
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+# torch ends processes that wait for half an hour, also for one that evaluates. The watchdog knows the difference.
+FOREVER = timedelta(days=365)
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
 
 
@@ -60,7 +63,7 @@ class Agreement:
 
     def __init__(self) -> None:
         self.many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if self.many else None
+        self.group = dist.new_group(backend="gloo", timeout=FOREVER) if self.many else None
         self.pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def now(self, stop: int, save: int, bad: int) -> Agreed:
@@ -94,6 +97,21 @@ def peer_is_gone(error: RuntimeError) -> bool:
     """Whether this is how torch reports that another process does not answer any more."""
     text = r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe"
     return isinstance(error, dist.DistError) or bool(re.search(text, str(error)))
+
+
+def loader_is_gone(error: BaseException | None) -> str | None:
+    """How a loader process was ended, by the words of the system ("Killed"), if this is how torch reports it.
+
+    It raises from a signal handler, so anywhere, and again where it waits for data, with the first error as the cause.
+    """
+    how = None
+    while error is not None:
+        if found := re.search(r"DataLoader worker \(pid \d+\) is killed by signal: ([^.]+)\.", str(error)):
+            return found[1]
+        if re.fullmatch(r"DataLoader worker \(pid\(s\) [\d, ]+\) exited unexpectedly", str(error)):
+            how = "no reason is known"
+        error = error.__cause__ or error.__context__
+    return how
 
 
 class Clock:

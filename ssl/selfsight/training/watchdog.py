@@ -2,9 +2,10 @@
 
 It watches from before the processes meet: where one of them has ended by then, or was never started, the others would
 wait for it. Every process has a thread that notes its phase in the run folder (`.pulse/rank-<k>.json`), a few times per
-limit. When a step, or the wait for data, takes longer than the limit while no process is known to be busy with
-something long (evaluating, saving), the thread names the processes that are silent or behind, writes where all threads
-of its own process are, and ends it. A scheduler can then start the run again, which continues from the last checkpoint.
+limit. When a step, or the wait for data, takes longer than the limit, no process has moved meanwhile and none is known
+to be busy with something long (evaluating, saving), the thread names the processes that are silent or behind, writes
+where all threads of its own process are, and ends it; under Slurm also what does not answer, which would hold the job.
+A scheduler can then start the run again, which continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import faulthandler
 import functools
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .lightning import by_srun
 
 CODE = 5
 START, MEET, DATA, STEP = "starting", "waiting for the other processes", "waiting for data", "computing"
@@ -31,13 +35,16 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, rank: int, minutes: float, end: Any = os._exit):
         self.folder, self.rank, self.limit, self.end = run_dir / ".pulse", rank, 60 * minutes, end
+        self.world = 1
+        self.heard: dict[int, dict[str, Any]] = {}
         self.phase, self.step, self.since = START, 0, time.monotonic()
         self.began = time.time()
         self.stopping = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Begin to watch; nothing if the limit is 0."""
+    def start(self, world: int) -> None:
+        """Begin to watch over so many processes; nothing if the limit is 0."""
+        self.world = world
         if self.limit:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -75,10 +82,25 @@ class Watchdog:
             self._note(seconds)
             if self.phase in SHORT and seconds > self.limit:
                 others = self._others()
-                if not any(note["phase"] not in SHORT and note["age"] < self._silence for note in others.values()):
+                if not any(self._works(note) for note in others.values()):
                     self._report(seconds, others)
+                    self._end_step(others)
                     self.end(CODE)
                     return
+
+    def _works(self, note: dict[str, Any]) -> bool:
+        """Whether another process has moved within the limit (after an evaluation), or is busy with something long."""
+        busy = note["phase"] not in SHORT and note["age"] < self._silence
+        return busy or note["seconds"] + note["age"] < self.limit
+
+    def _end_step(self, others: dict[int, dict[str, Any]]) -> None:
+        """Kill a process that hangs as a whole, which srun would wait for until the job's time is over."""
+        if not (by_srun() and any(note["age"] >= self._silence for note in others.values())):
+            return
+        time.sleep(min(60.0, self.limit / 2))  # until the others have said where they stand, and ended
+        with suppress(OSError, subprocess.TimeoutExpired):
+            step = "{SLURM_JOB_ID}.{SLURM_STEP_ID}".format_map(os.environ)
+            subprocess.run(["scancel", "--signal=KILL", step], stdin=subprocess.DEVNULL, timeout=60)
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"
@@ -99,11 +121,12 @@ class Watchdog:
         found = {}
         for path in self.folder.glob("rank-*.json"):
             rank = int(path.stem.removeprefix("rank-"))
-            try:
-                note = json.loads(path.read_text())
-            except (OSError, ValueError):
+            with suppress(OSError, ValueError):  # a shared disk in between: what was read last
+                self.heard[rank] = json.loads(path.read_text())
+            if (note := self.heard.get(rank)) is None:
                 continue
-            if rank != self.rank and note["time"] >= self.began - self.limit:  # others may have begun before
+            # Others may have begun before; an earlier session may have had more of them.
+            if rank != self.rank and rank < self.world and note["time"] >= self.began - self.limit:
                 found[rank] = note | {"age": time.time() - note["time"]}
         return found
 

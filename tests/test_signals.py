@@ -1,0 +1,69 @@
+"""A signal at an awkward moment: the run stops at a step boundary with the documented code, and goes on bit for bit."""
+
+import os
+import signal
+
+import pytest
+
+import runs
+from kill_driver import SMALL
+from selfsight.training import checkpoint, module
+from selfsight.training.judge import Judge
+from selfsight.training.loop import RunStopped
+
+TERM, INT, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2
+PLACES = ("update", "checkpoint", "evaluation")
+LEFT = ("image_size", "knn.bank", "knn.queries")
+WORDS = (
+    *(word for word in SMALL if word.split("=")[0] not in ("knn.every_n_steps", "checkpoint.every_n_steps")),
+    *("max_steps=5", "knn.every_n_steps=2", "checkpoint.every_n_steps=2", "knn.bank=16", "knn.queries=8"),
+)
+
+
+def at(place, monkeypatch, *signals):
+    """Send signals to this process when it first is there, at step 2."""
+    left = list(signals)
+
+    def send(step):
+        while step == 2 and left:
+            os.kill(os.getpid(), left.pop(0))
+
+    if place == "evaluation":
+        evaluate = Judge.evaluate
+
+        def interrupted(self, step, *args):
+            send(step)
+            return evaluate(self, step, *args)
+
+        monkeypatch.setattr(Judge, "evaluate", interrupted)
+        return
+    where, point = {"update": (module, "step.update"), "checkpoint": (checkpoint, "checkpoint.written")}[place]
+    monkeypatch.setattr(where, "fault", lambda name, step=None: send(step) if name == point else None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signals") / "whole"
+    runs.run_here(folder, *WORDS, without=LEFT)
+    return runs.final_state(folder)
+
+
+def cases():
+    """A few of all in the default set."""
+    quick = {("update", (TERM,)), ("checkpoint", (USR1, USR1)), ("evaluation", (INT,))}
+    for place in PLACES:
+        for signals in ((TERM,), (INT,), (USR1,), (USR2,), (TERM, TERM), (USR1, USR1), (INT, TERM)):
+            marks = () if (place, signals) in quick else pytest.mark.slow
+            yield pytest.param(place, signals, marks=marks, id=f"{place}-{'-'.join(s.name for s in signals)}")
+
+
+@pytest.mark.parametrize(("place", "signals"), list(cases()))
+def test_a_signal_at_any_moment_stops_at_a_step_boundary_and_costs_nothing(tmp_path, whole, place, signals):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunStopped, match="by a signal at step 3;") as stopped:
+        at(place, patch, *signals)
+        runs.run_here(tmp_path / "r", *WORDS, without=LEFT)
+    assert stopped.value.code == 128 + signals[-1]
+    assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000003"
+    assert not list((tmp_path / "r" / "checkpoints").glob(".*"))
+    runs.run_here(tmp_path / "r", *WORDS, without=LEFT)
+    runs.assert_identical(runs.final_state(tmp_path / "r"), whole)
