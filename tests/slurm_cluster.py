@@ -20,7 +20,8 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 NODES = ("n1", "n2")
 # cred_expire: a requeued job waits that long (120 s by default) before it starts again. The nodes pretend to have four
-# cores. GraceTime: what a preempted job is given between SIGTERM and SIGKILL.
+# cores, and two GPUs each (of which Slurm wants to see files). GraceTime: what a preempted job is given between SIGTERM
+# and SIGKILL.
 CONF = """
 ClusterName=selfsight
 SlurmctldHost={host}(127.0.0.1)
@@ -56,11 +57,13 @@ SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MailProg=/bin/true
+GresTypes=gpu
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[2]}-{ports[3]}] CPUs=4 CoresPerSocket=4 \
-ThreadsPerCore=1 RealMemory=4000 State=UNKNOWN
+ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 PartitionName=low Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
+GPUS = "NodeName=n[1-2] Name=gpu File=/dev/null,/dev/zero\n"
 
 
 def missing() -> list[str]:
@@ -106,6 +109,7 @@ class Cluster:
         names = {"host": socket.gethostname().split(".")[0], "user": pwd.getpwuid(os.getuid()).pw_name}
         conf = CONF.format(folder=self.folder, ports=free_ports(4), **names)
         (self.folder / "slurm.conf").write_text(conf)
+        (self.folder / "gres.conf").write_text(GPUS)
         run, log = self.folder / "run", self.folder / "log"
         files = {"key-file": key, "socket": key.with_name("socket"), "pid-file": run / "munged.pid",
                  "log-file": log / "munged.log", "seed-file": run / "munge.seed"}  # fmt: skip
@@ -139,9 +143,10 @@ class Cluster:
         logs = sorted([*(self.folder / "log").glob("*.log"), *(self.folder / "log").glob("*.out")])
         return "\n".join(f"--- {p.name}\n" + "\n".join(p.read_text().splitlines()[-15:]) for p in logs)
 
-    def run(self, *argv: str, check: bool = True) -> str:
+    def run(self, *argv: str, check: bool = True, cwd: Path | None = None, **env: str) -> str:
         """What a client of Slurm prints."""
-        done = subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=60, check=False)
+        env = {**self.env, **env}
+        done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(argv)}: {done.stderr}")
         return done.stdout.strip()

@@ -325,7 +325,7 @@ def test_a_job_is_submitted_collected_and_not_waited_for(make, slurm):
     until(found, lambda: found.submitted)
     call = (slurm / "sbatch.calls").read_text()
     assert "--parsable" in call and "--partition=a b --time=9" in call and "slurm/probe.sbatch checkpoint=" in call
-    assert "step=20" in call and "device=auto" in call
+    assert "step=20" in call and "device=" not in call and "--gpus" not in call  # the batch file decides
     assert (slurm / "slurm.env").read_text() == "0\n"  # nothing of the job of the training
     found.wait()
     assert found.lines[-1] == "in Slurm's queue: 41 (linear of step 20); the same command collects them"
@@ -336,6 +336,14 @@ def test_a_job_is_submitted_collected_and_not_waited_for(make, slurm):
     again.collect()
     assert again.lines == ["eval linear: step 20: top-1 33.00 %"] and again.needed() == set()
     assert (slurm / "sbatch.calls").read_text() == call
+
+
+def test_a_job_on_the_cores_asks_for_no_gpu(make, slurm):
+    found = make(*SLURM, "eval.linear.device=cpu", "eval.linear.sbatch=[--gpus-per-node=2]")
+    step(found, 20)
+    until(found, lambda: found.submitted)
+    call = (slurm / "sbatch.calls").read_text()
+    assert "device=cpu" in call and "--gpus-per-node=0 --gpus-per-node=2 " in call  # of two the later counts
 
 
 @pytest.mark.parametrize("state", ["FAILED\n", ""])

@@ -47,9 +47,8 @@ def options(script: str) -> dict[str, str]:
 
 def job_words(script: str) -> list[list[str]]:
     """The words of every task."""
-    return [
-        shlex.split(line)[2:] for line in re.findall(r"(set -- .*?)(?: ;;)?$", script, re.M) if "{words" not in line
-    ]
+    ours = script.partition("set -uo pipefail")[0]  # before the template's own lines
+    return [shlex.split(line)[2:] for line in re.findall(r"(set -- .*?)(?: ;;)?$", ours, re.M)]
 
 
 def test_the_script_asks_for_what_was_said_and_says_the_same_words(capsys, tmp_path, monkeypatch):
@@ -63,7 +62,8 @@ def test_the_script_asks_for_what_was_said_and_says_the_same_words(capsys, tmp_p
              "output": f"{tmp_path / cfg.run_dir}/slurm/%j.log"}  # fmt: skip
     assert said | asked == said
     run_dir = f"run_dir={tmp_path / cfg.run_dir}"  # that of the same command without launcher=slurm
-    assert job_words(script) == [["backbone=vit_s", "max_steps=5", "batch_size=64", "launcher=local", run_dir]]
+    assert job_words(script) == [["backbone=vit_s", "max_steps=5", "batch_size=64", "launcher=local", run_dir,
+                                  "trainer.accelerator=gpu"]]  # fmt: skip
     assert "\nmodule load cuda\n" in script and not list(tmp_path.iterdir())
 
 
@@ -88,6 +88,18 @@ def test_without_gpus_there_is_one_process_per_node(capsys):
     assert "gpus-per-node" not in said and (said["nodes"], said["ntasks-per-node"]) == ("3", "1")
     assert "trainer.accelerator=cpu" in job_words(script)[0]
     assert "gpus-per-node" not in options(dry(capsys, "train", "launcher.gpus_per_node=0"))
+
+
+@pytest.mark.parametrize(("command", "key"), [("train", "trainer.accelerator"), ("probe", "device")])
+def test_a_job_with_gpus_does_not_fall_back_to_the_cores(capsys, batch, command, key):
+    words = ["checkpoint=a"] if command == "probe" else []
+    said = lambda script: [word for word in job_words(script)[0] if word.startswith(key)]  # noqa: E731
+    assert said(dry(capsys, command, *words)) == [f"{key}=gpu"]
+    assert said(dry(capsys, command, *words, f"{key}=auto")) == [f"{key}=auto"]
+    done, _ = batch(f"{command}.sbatch", "a=b", SLURM_GPUS_ON_NODE="1")  # by hand; of two words the later counts
+    assert f"<{command}><{key}=gpu><a=b>" in done.stdout
+    done, _ = batch(f"{command}.sbatch", "a=b", SLURM_GPUS_ON_NODE="0")
+    assert f"<{command}><a=b>" in done.stdout
 
 
 def test_a_command_that_names_devices_and_nodes_is_submitted_as_it_is(capsys):
@@ -160,6 +172,17 @@ def test_slurms_refusal_is_one_sentence(sbatch, capsys):
     said = "Slurm does not take the job (launcher.partition=x): invalid partition specified: x; Batch job failed"
     assert capsys.readouterr().err == f"error: {said}\n"
     assert not (sbatch / "run" / "slurm" / "job").exists()
+
+
+@pytest.mark.parametrize("said", ["Invalid generic resource (gres) specification",
+                                  "Requested node configuration is not available"])  # fmt: skip
+def test_where_nodes_have_no_such_gpus_the_key_is_named(sbatch, capsys, said):
+    (sbatch / "refuse").write_text(f"sbatch: error: Batch job submission failed: {said}\n")
+    words, hint = [*SLURM, f"run_dir={sbatch}/run"], "launcher.gpus_per_node=0 asks for none"
+    assert cli.main("train", [*words, "trainer.devices=2"]) == 2
+    assert f"{said} (it asks for 2 GPUs per node; {hint})\n" in capsys.readouterr().err
+    assert cli.main("train", [*words, "launcher.gpus_per_node=0"]) == 2
+    assert hint not in capsys.readouterr().err
 
 
 REFUSED = (
@@ -318,7 +341,7 @@ def test_a_batch_file_asks_for_a_signal_in_time_and_to_be_put_back():
 def test_the_processes_of_a_training_know_their_number_and_where_to_meet(batch):
     done, _ = batch("train.sbatch", "a=b c", SLURM_GPUS_ON_NODE="4")
     # One that has saved and ended is no reason to kill the others.
-    words = "<--kill-on-bad-exit=0><--wait=0><python><-P><-m><selfsight><train><a=b c>"
+    words = "<--kill-on-bad-exit=0><--wait=0><python><-P><-m><selfsight><train><trainer.accelerator=gpu><a=b c>"
     words += "<trainer.devices=4><trainer.num_nodes=2>"
     assert re.fullmatch(re.escape(words) + r" threads=1 cpus=3 address=n1 port=1000\d\n", done.stdout), done
     done, _ = batch("train_cpu.sbatch", "a=b c", MASTER_ADDR="10.0.0.1")

@@ -244,3 +244,84 @@ def test_an_unknown_partition_is_slurms_own_sentence(cluster):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "Slurm does not take the job (launcher.partition=nowhere): " in done.stderr
     assert "nvalid partition" in done.stderr
+
+
+# --- the batch files by hand, with something in place of Python that ends as it is told ----------------------------
+
+STAND_IN = """#!/bin/bash
+echo "<$*> by $SLURM_PROCID with ${SLURM_GPUS_ON_NODE:-no} GPUs at $MASTER_ADDR, start ${SLURM_RESTART_COUNT:-0}"
+if [ "${SLURM_RESTART_COUNT:-0}" -lt "${STOPS:-0}" ] && [ "${SLURM_ARRAY_TASK_ID:-1}" = 1 ]; then
+  trap 'exit 143' TERM
+  [ -z "${WAITS:-}" ] || { echo waiting; for _ in {1..600}; do sleep 0.1; done; }
+  exit 138
+fi
+"""
+
+
+class ByHand:
+    """A job that was submitted by hand from the checkout; log: of all its starts."""
+
+    def __init__(self, cluster, file: str, *words: str, options: tuple[str, ...] = (), **env: str):
+        self.cluster, stand_in = cluster, cluster.folder / "stand-in"
+        if not stand_in.exists():
+            stand_in.write_text(STAND_IN)
+            stand_in.chmod(0o755)
+        own = ("--parsable", "--cpus-per-task=1", f"--output={cluster.folder}/hand-%j.log")
+        argv = ("sbatch", *own, *options, f"slurm/{file}", *words)
+        self.number = cluster.run(*argv, cwd=runs.ROOT, SELFSIGHT_PYTHON=str(stand_in), **env)
+
+    def ends(self, task: str = "") -> tuple[str, str]:
+        """Wait for the end of the job, or of one task; (state, restarts)."""
+        number = self.number + task
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        until(lambda: self.cluster.job(number)["JobState"] in over, f"the end of {number}", self.log)
+        job = self.cluster.job(number)
+        return job["JobState"], job["Restarts"]
+
+    def log(self, task: str = "") -> str:
+        """Each task of an array has a number of its own, too."""
+        number = self.cluster.job(self.number + task)["JobId"] if task else self.number
+        with suppress(OSError):
+            return (self.cluster.folder / f"hand-{number}.log").read_text()
+        return ""
+
+
+def test_by_hand_every_gpu_of_every_node_has_a_process(cluster):
+    sizes = ("--nodes=2", "--gpus-per-node=2", "--ntasks-per-node=2")
+    job = ByHand(cluster, "train.sbatch", "a=b c", options=sizes)
+    assert job.ends() == ("COMPLETED", "0"), job.log()
+    words = "-P -m selfsight train trainer.accelerator=gpu a=b c trainer.devices=2 trainer.num_nodes=2"
+    assert sorted(job.log().splitlines()) == [f"<{words}> by {i} with 2 GPUs at n1, start 0" for i in range(4)]
+
+
+def test_by_hand_every_node_without_gpus_has_a_process(cluster):
+    job = ByHand(cluster, "train_cpu.sbatch", "a=b c", options=("--nodes=2",))
+    assert job.ends() == ("COMPLETED", "0"), job.log()
+    words = "-P -m selfsight train trainer.accelerator=cpu a=b c trainer.devices=1 trainer.num_nodes=2"
+    assert sorted(job.log().splitlines()) == [f"<{words}> by {i} with no GPUs at n1, start 0" for i in range(2)]
+
+
+def test_one_task_of_an_array_goes_back_into_the_queue(cluster):
+    lines = cluster.folder / "probes.txt"
+    lines.write_text("checkpoint=a probe=knn\ncheckpoint=a probe=linear\n")
+    job = ByHand(cluster, "probe.sbatch", f"@{lines}", options=("--array=0-1", "--gpus-per-node=0"), STOPS="1")
+    assert (job.ends("_0"), job.ends("_1")) == (("COMPLETED", "0"), ("COMPLETED", "1")), job.log("_1")
+    assert "probe checkpoint=a probe=knn> by 0" in job.log("_0")
+    assert job.log("_1").count("probe checkpoint=a probe=linear> by 0") == 2
+    assert f"job {job.number}_1 goes back into the queue" in job.log("_1")
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_job_is_put_back_so_many_times_and_then_left(cluster, most):
+    job = ByHand(cluster, "train_cpu.sbatch", "a=b", STOPS="9", SELFSIGHT_MAX_REQUEUES=str(most))
+    assert job.ends() == ("FAILED", str(most)), job.log()
+    assert cluster.job(job.number)["ExitCode"] == "138:0"
+    assert f"job {job.number} has been requeued {most} times: left here" in job.log()
+
+
+def test_a_job_that_slurm_puts_back_is_not_put_back_twice(cluster):
+    job = ByHand(cluster, "train_cpu.sbatch", "a=b", STOPS="1", WAITS="1")
+    until(lambda: "waiting" in job.log(), "its start", job.log)
+    cluster.run("scontrol", "requeue", job.number)
+    assert job.ends() == ("COMPLETED", "1"), job.log()
+    assert "not requeued by itself" in job.log() and "goes back" not in job.log()

@@ -99,7 +99,7 @@ def submit(command: str, rows: Sequence[tuple[list[str], Any]]) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     path = plan.folder / f"{command}.sbatch"
     path.write_text(script)
-    number = _sbatch(path, launcher.partition)
+    number = _sbatch(path, launcher.partition, _sizes(rows[0][1]).gpus)
     if command == "train":
         for task, (_, cfg) in enumerate(rows):
             _job_file(Path(cfg.run_dir)).write_text(number if len(rows) == 1 else f"{number}_{task}")
@@ -181,7 +181,7 @@ def _job_file(run_dir: Path) -> Path:
     return path
 
 
-def _sbatch(path: Path, partition: str | None) -> str:
+def _sbatch(path: Path, partition: str | None, gpus: int) -> str:
     """The number of the job; Slurm's refusal as a ConfigError."""
     done = subprocess.run(
         ["sbatch", "--parsable", str(path)], env=slurm_env(), capture_output=True, text=True, check=False
@@ -190,7 +190,10 @@ def _sbatch(path: Path, partition: str | None) -> str:
     if done.returncode or not number.isdigit():
         said = [re.sub(r"^sbatch: (error: )?", "", line) for line in done.stderr.splitlines() if line.strip()]
         where = f" (launcher.partition={partition})" if partition else ""
-        raise ConfigError(f"Slurm does not take the job{where}: {'; '.join(said) or 'sbatch said nothing'}")
+        what = "; ".join(said) or "sbatch said nothing"
+        if gpus and re.search("gres|node configuration", what):  # its words where nodes have no GPUs, or fewer
+            what += f" (it asks for {gpus} GPU{'s' * (gpus > 1)} per node; launcher.gpus_per_node=0 asks for none)"
+        raise ConfigError(f"Slurm does not take the job{where}: {what}")
     return number
 
 
@@ -267,9 +270,19 @@ def _set(command: str, words: list[str], cfg: Any) -> str:
     kept.append("launcher=local")  # whatever an experiment says
     if command == "train":
         kept.append(f"run_dir={text_of(str(Path(cfg.run_dir).absolute()))}")
-        if not _sizes(cfg).gpus:
-            kept.append("trainer.accelerator=cpu")
+    if device := _device(command, words, cfg):
+        kept.append(device)
     return f"set -- {shlex.join(kept)}"
+
+
+def _device(command: str, words: Sequence[str], cfg: Any) -> str:
+    """The word for where it runs, unless that was given: left to itself, a job whose GPUs torch cannot see would work
+    on the cores for days."""
+    key, gpus = "trainer.accelerator" if command == "train" else "device", _sizes(cfg).gpus
+    if command == "train" and not gpus:
+        return f"{key}=cpu"
+    said = cfg.trainer.accelerator if command == "train" else cfg.device
+    return f"{key}=gpu" if gpus and said == "auto" and not any(_is_of(word, [key]) for word in words) else ""
 
 
 def _is_of(word: str, keys: Sequence[str]) -> bool:

@@ -105,7 +105,8 @@ class EvalPlan:
         """What to type after `selfsight probe` for one evaluation."""
         entry, run = self.entries[name], self.run.absolute()
         words = [f"checkpoint={text_of(str(run))}", f"step={step}", f"out={text_of(str(eval_folder(run, name, step)))}"]
-        words += [*self.words[name], f"device={entry.device or ('cpu' if entry.how == 'process' else 'auto')}"]
+        device = entry.device or ("cpu" if entry.how == "process" else None)  # a job goes by the GPUs that it has
+        words += [*self.words[name], *([f"device={device}"] if device else [])]
         if entry.how == "process" and entry.num_workers is None:
             words.append(f"num_workers={self.threads(name)}")
         folder = self.bank_folder(name, step)

@@ -134,6 +134,7 @@ def batch_script(command: str) -> Path:
 def sbatch_argv(options: Sequence[str], log: Path, name: str, words: Sequence[str]) -> list[str]:
     """The command that submits one probe. Slurm prints the job's number and nothing else."""
     own = ["--parsable", f"--job-name=selfsight-{name}", f"--output={log}", "--open-mode=append"]
+    own += ["--gpus-per-node=0"] if "device=cpu" in words else []  # the batch file asks for one
     return ["sbatch", *own, *options, str(batch_script("probe")), *words]
 
 
