@@ -1,7 +1,8 @@
 """On a real Slurm cluster of two nodes (see slurm_cluster): a training is preempted, reaches its time limit, is put
-back into the queue both times, and ends with the bits of one that was left alone; scancel; an array of probes.
+back into the queue both times, and ends with the bits of one that was left alone; scancel; a process that stops; an
+array of probes; the batch files by hand.
 
-Run with -m slurm; about four minutes on two free cores.
+Run with -m slurm; about five minutes on two free cores.
 """
 
 import json
@@ -226,6 +227,19 @@ def test_scancel_saves_and_ends_it(cluster, whole):
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
     assert 5 <= training.saved() < STEPS, training.log()[-3000:]
     assert "not requeued by itself" in training.log(), training.log()[-3000:]
+
+
+def test_a_process_that_stops_does_not_hold_the_job_until_its_time_is_over(cluster):
+    training = Training(cluster, cluster.folder / "runs" / "hangs", "trainer.hang_minutes=0.3")
+    training.reach(3)
+    for pid in training.processes():
+        if b"SLURM_PROCID=1" not in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            os.kill(pid, signal.SIGCONT)
+    training.state("FAILED", "COMPLETED", "PENDING")
+    job, log = training.job(), training.log()
+    assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", "137:0"), log[-3000:]
+    assert "hang: rank 1 has not been heard of" in log and "goes back into the queue" not in log
+    assert not training.processes()
 
 
 def test_an_array_of_probes(cluster, whole):
