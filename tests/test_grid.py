@@ -44,8 +44,8 @@ CASES = {
 }
 
 
-# The longest four are only measured by benchmarks/contracts.py, which stops and continues all cells.
-LONGEST = ("dino-shvit", "ibot-shvit", "selfpatch-shvit", "odis-shvit")
+# The longest seven are only measured by benchmarks/contracts.py, which stops and continues all cells.
+LONGEST = ("dino-shvit", "ibot-shvit", "selfpatch-shvit", "odis-shvit", "ijepa-shvit", "dmt_jepa-shvit", "cim-shvit")
 
 
 @pytest.mark.slow
