@@ -68,7 +68,7 @@ def start(argv: Sequence[str], *, log: Path, lock: Path, env: Mapping[str, str],
                 pass_fds=(fd,),
             )  # fmt: skip
         with contextlib.suppress(OSError, AttributeError):  # it may have ended already
-            os.setpriority(os.PRIO_PROCESS, process.pid, NICE)
+            os.setpriority(os.PRIO_PROCESS, process.pid, min(19, os.nice(0) + NICE))
         return Job(lock, process)
     finally:
         os.close(fd)
