@@ -231,22 +231,10 @@ def test_a_disk_that_is_full_stops_a_run_which_continues_when_there_is_room(one)
     count("writes that failed", 4)
 
 
-class Burst(torch.autograd.Function):
-    """Hands a value on; its gradient is not a number."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * torch.nan
-
-
 SPOILT = {  # what, at step 2
     "loss": lambda value: value * torch.nan,
     "sum": lambda value: value + torch.inf,  # its gradients are finite
-    "gradient": Burst.apply,
+    "gradient": runs.Burst.apply,
 }
 
 

@@ -9,7 +9,9 @@ import runs
 from kill_driver import SMALL
 from selfsight.training import checkpoint, module
 from selfsight.training.judge import Judge
+from selfsight.training.log import read_metrics
 from selfsight.training.loop import RunStopped
+from selfsight.training.stop import Agreed, Agreement
 
 TERM, INT, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2
 PLACES = ("update", "checkpoint", "evaluation")
@@ -20,12 +22,12 @@ WORDS = (
 )
 
 
-def at(place, monkeypatch, *signals):
-    """Send signals to this process when it first is there, at step 2."""
-    left = list(signals)
+def at(place, monkeypatch, *signals, step=2):
+    """Send signals to this process when it first is there, at this step."""
+    left, when = list(signals), step
 
     def send(step):
-        while step == 2 and left:
+        while step == when and left:
             os.kill(os.getpid(), left.pop(0))
 
     if place == "evaluation":
@@ -67,3 +69,33 @@ def test_a_signal_at_any_moment_stops_at_a_step_boundary_and_costs_nothing(tmp_p
     assert not list((tmp_path / "r" / "checkpoints").glob(".*"))
     runs.run_here(tmp_path / "r", *WORDS, without=LEFT)
     runs.assert_identical(runs.final_state(tmp_path / "r"), whole)
+
+
+@pytest.mark.parametrize("heard", ["at once", "when it asks"])
+def test_a_run_that_is_told_to_stop_saves_once_and_before_it_looks(tmp_path, monkeypatch, heard):
+    """The second: as with several processes, which hear of each other one step late unless they wait."""
+    events = []
+
+    def noting(owner, name, what, step_of):
+        own = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            events.append((what, step_of(args)))
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(checkpoint, "save", "saved", lambda args: args[1])
+    noting(Judge, "evaluate", "looked", lambda args: args[1])
+    at("update", monkeypatch, TERM, step=1)
+    if heard == "when it asks":
+        monkeypatch.setattr(Agreement, "later", lambda self, *mine: Agreed(0, 0, 0))
+    words = [word for word in WORDS if not word.startswith("checkpoint.every")]
+    with pytest.raises(RunStopped, match="by a signal at step 2;"):
+        runs.run_here(tmp_path / "r", *words, "checkpoint.every_n_steps=100", without=LEFT)
+    assert events == [("looked", 0), ("saved", 2), ("looked", 2)]
+    folder = tmp_path / "r" / "checkpoints"
+    assert checkpoint.newest(folder).name == "step-000000002" == checkpoint.best(folder).name
+    runs.run_here(tmp_path / "r", *words, "checkpoint.every_n_steps=100", without=LEFT)
+    rows = read_metrics(tmp_path / "r" / "metrics.csv")
+    assert [int(row["step"]) for row in rows if row.get("knn")] == [0, 2, 4, 5]

@@ -177,18 +177,6 @@ def test_a_loss_that_is_not_finite_saves_the_batch_that_it_came_from(tmp_path, m
     runs.assert_identical(kept, checkpoint.load(newest)[0])  # nothing of the step reached the weights
 
 
-class Burst(torch.autograd.Function):
-    """Hands a value on; its gradient is not a number."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * torch.nan
-
-
 @pytest.fixture
 def burst(monkeypatch):
     """A gradient that is not finite at step 2; what the objective was before it."""
@@ -199,7 +187,7 @@ def burst(monkeypatch):
         value, logs = loss(self, batch, step)
         if step == 2 and not before:
             before.update({k: v.clone() for k, v in checkpoint.unique_state(self).items()})
-        return Burst.apply(value) if step == 2 else value, logs
+        return runs.Burst.apply(value) if step == 2 else value, logs
 
     monkeypatch.setattr(MAE, "loss", spoiled)
     return before

@@ -108,10 +108,15 @@ def save(
     fault("checkpoint.renamed", step)
     _replace_text(folder / "latest", final.name)
     if best:
-        _replace_text(folder / "best", final.name)
+        mark_best(folder, step)
     fault("checkpoint.latest", step)
     prune(folder, keep_last, protect)
     return final
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """From now on the checkpoint of this step is the best one."""
+    _replace_text(folder / "best", f"step-{step:09d}")
 
 
 def best(folder: Path) -> Path | None:

@@ -170,33 +170,41 @@ class AfterStep(pl.Callback):
                 3,
             )
             return
-        numbers: dict[str, float] = {}
-        if agreed.stop and not last and (measure or draw or inline):  # its time may be over before these are
-            self._save(trainer, module, False, False)
-        if self.whole is not None and (measure or draw or inline):
-            self.whole.refresh()
-        if (measure or draw) and self.rank == 0:
-            with _Pause(self.speed), self.watchdog.busy("evaluating"):
-                numbers = self.evaluate(step, measure, draw)
-        if inline and self.rank == 0:
-            with _Pause(self.speed), self.watchdog.busy("evaluating"):
-                self.evals.inline(step)
-        if self.whole is not None:
-            self.whole.rest()
+        looks, must = measure or draw or inline, bool(last or agreed.stop)
+        early = looks and bool(agreed.stop) and not last  # its time may be over before it has looked
+        if early:
+            self._save(trainer, module, False, must)
+        numbers = self._look(step, measure, draw, inline) if looks else {}
         if measure or step % plan.log_every == 0 or last:
             self._log(trainer, module, numbers)
         best = self._is_best(numbers)
-        if self.whole is not None and measure:  # others must give their shards
-            best = bool(self.agreement.now(int(best), 0, 0).stop)
-        if saving or best:
-            with _Pause(self.speed), self.watchdog.busy("saving"):
-                self._save(trainer, module, best, last or bool(agreed.stop))
+        if early and best:
+            checkpoint.mark_best(plan.run_dir / "checkpoints", step)
+        elif not early:
+            if self.whole is not None and measure:  # others must give their shards
+                best = bool(self.agreement.now(int(best), 0, 0).stop)
+            if saving or best or agreed.stop:
+                self._save(trainer, module, best, must)
         if self.evals and self.rank == 0 and (last or not agreed.stop):
             with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 self.evals.after_step(step)
         if agreed.stop and not last:
             code = 128 + (self.flag.signal or 15)
             self._stop(trainer, f"stopped by a signal at step {step}; the same command continues from here", code)
+
+    def _look(self, step: int, measure: bool, draw: bool, inline: bool) -> dict[str, float]:
+        """Numbers, pictures and evaluations of this step; on rank 0, with whole weights."""
+        numbers: dict[str, float] = {}
+        if self.whole is not None:
+            self.whole.refresh()
+        if self.rank == 0:
+            with _Pause(self.speed), self.watchdog.busy("evaluating"):
+                numbers = self.evaluate(step, measure, draw) if measure or draw else {}
+                if inline:
+                    self.evals.inline(step)
+        if self.whole is not None:
+            self.whole.rest()
+        return numbers
 
     def _mine(self) -> tuple[int, int, int]:
         save = self.rank == 0 and self.clock.due()
@@ -308,6 +316,11 @@ class AfterStep(pl.Callback):
             f.write("\n" * cut + "".join(line for id, line in self.unlisted.items() if id not in done))
 
     def _save(self, trainer: pl.Trainer, module: Module, is_best: bool, must: bool) -> None:
+        """A checkpoint of this step; a collective where weights are sharded. must: RunStopped if it cannot be had."""
+        with _Pause(self.speed), self.watchdog.busy("saving"):
+            self._write(trainer, module, is_best, must)
+
+    def _write(self, trainer: pl.Trainer, module: Module, is_best: bool, must: bool) -> None:
         plan = self.plan
         self.clock.reset()
         self._list_bad()  # a continued run does not meet again what lies before a checkpoint
