@@ -14,9 +14,10 @@ from selfsight.training.judge import Judge
 from selfsight.training.lightning import precision_of, strategy_of
 from selfsight.training.loop import RunStopped
 from selfsight.training.module import Module
-from selfsight.training.run import Run, _too_large
+from selfsight.training.run import Run
 from selfsight.training.sharded import Whole
 from selfsight.training.stop import StopFlag
+from selfsight.training.trouble import too_large
 
 NO_LOOKS = ("knn.every_n_steps=0", "pictures.every_n_steps=0")
 
@@ -70,7 +71,7 @@ def test_nothing_is_advised_that_would_be_refused(words):
     words = [*(word for word in fixed if word.split("=")[0] not in {w.split("=")[0] for w in words}), *words]
     cfg = config.load("train", words)
     micro = 4 // (cfg.trainer.max_batch_per_device or 4)
-    advised = re.findall(r"[\w.]+=[\w-]+", _too_large(cfg, 2, micro, torch.device("cpu")))
+    advised = re.findall(r"[\w.]+=[\w-]+", too_large(cfg, 2, micro, torch.device("cpu")))
     assert advised
     for word in advised:
         key, _, value = word.partition("=")
@@ -85,10 +86,10 @@ def test_nothing_is_advised_that_would_be_refused(words):
 
 def test_advice_covers_what_helps():
     cfg = config.load("train", ["objective=dino", "backbone=vit_nano", "batch_size=8"])
-    said = _too_large(cfg, 2, 1, torch.device("cpu"))
+    said = too_large(cfg, 2, 1, torch.device("cpu"))
     for word in ("max_batch_per_device=2", "precision=bf16-mixed", "checkpointing=true", "strategy=fsdp", "adapt=lora"):
         assert word in said
-    assert "1 image at once does not fit" in _too_large(cfg, 2, 4, torch.device("cpu"))
+    assert "1 image at once does not fit" in too_large(cfg, 2, 4, torch.device("cpu"))
 
 
 # --- a run that is sharded: the twin with whole weights ------------------------------------------------------------

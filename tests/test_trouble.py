@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from selfsight.objectives.mae import MAE
 from selfsight.training import checkpoint
 from selfsight.training.log import read_metrics
 from selfsight.training.loop import AfterStep, RunStopped, listed
-from selfsight.training.stop import loader_is_gone
+from selfsight.training.trouble import Trouble, loader_is_gone
 
 
 def test_bad_samples_of_a_stream_are_counted_and_listed(tmp_path):
@@ -275,6 +276,26 @@ def test_a_loader_process_that_the_system_ends_is_one_sentence_about_memory(tmp_
     assert said.startswith("stopped: a loader process was ended by the system (Killed, as it does when memory runs out")
     assert "use fewer than num_workers=2" in said and said.count("\n") == 1
     assert checkpoint.newest(tmp_path / "r" / "checkpoints") is not None
+
+
+def test_what_torch_raises_from_its_signal_handler_waits_until_a_batch_is_missing():
+    own, trainer = signal.getsignal(signal.SIGCHLD), SimpleNamespace(world_size=1)
+
+    def torchs(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    signal.signal(signal.SIGCHLD, torchs)
+    try:
+        trouble = Trouble(None, lambda: "A checkpoint stands")
+        said = r"\(Killed, as it does when memory runs out\).*num_workers=3.*A checkpoint"
+        with pytest.raises(RunStopped, match=said), trouble.told(trainer, 1, 3):
+            for _ in range(2):
+                trouble.on_train_batch_start()
+                os.kill(os.getpid(), signal.SIGCHLD)  # where a checkpoint is written, say
+            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+        assert signal.getsignal(signal.SIGCHLD) is torchs
+    finally:
+        signal.signal(signal.SIGCHLD, own)
 
 
 def test_another_error_of_a_loader_is_not_taken_for_one_that_was_ended():

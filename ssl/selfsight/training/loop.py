@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,15 @@ class AfterStep(pl.Callback):
         self.late = False  # whether the host reads one step later whether it was finite
         self.copied: tuple[Tensor, Callable[[], None]] | None = None
 
-    def watch(self, step: int, world: int) -> None:
-        """Begin to watch over so many processes, of which the first has still to begin the run."""
+    @contextlib.contextmanager
+    def watching(self, step: int, world: int) -> Iterator[None]:
+        """Watch over so many processes, of which the first has still to begin the run."""
         self.watchdog.enter(START, step)
         self.watchdog.start(world)
+        try:
+            yield
+        finally:
+            self.watchdog.stop()
 
     def meet(self) -> None:
         """From now on the others are waited for."""

@@ -41,9 +41,10 @@ from .loop import AfterStep, Plan, RunStopped
 from .module import Module, micro_batches
 from .schedules import cosine, warmup_cosine
 from .screen import closing_table, first_screen, summarise
-from .sharded import Whole, goes_with_shards
+from .sharded import Whole
 from .start import fill, keep, kept, open_start
-from .stop import StopFlag, loader_is_gone, peer_is_gone
+from .stop import StopFlag
+from .trouble import Trouble
 
 LINES, EVALUATIONS = 50, 5  # per run, when log_every_n_steps and knn.every_n_steps are not given
 SMOKE = 10  # a run of fewer steps is a try-out: it is judged only when knn.every_n_steps is given
@@ -236,7 +237,8 @@ class Run:
         plan.data = self.source.describe + ("" if self.streaming else f" ({self.num_samples:,} samples)")
         after = AfterStep(plan, self.rank, self.flag, self._evaluate)
         after.evals = self.evals
-        trainer = make_trainer(cfg, [after])
+        trouble = Trouble(cfg, self._stands)
+        trainer = make_trainer(cfg, [after, trouble])
         world, device = trainer.world_size, trainer.strategy.root_device
         plan.micro_batches = micro_batches(cfg.batch_size, world, cfg.trainer.max_batch_per_device)
         trainer.accumulate_grad_batches = plan.micro_batches
@@ -244,8 +246,7 @@ class Run:
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if sharded:
             after.whole = self._whole()
-        after.watch(self.start, world)
-        try:
+        with trouble.told(trainer, plan.micro_batches, loader.num_workers), after.watching(self.start, world):
             if self.rank == 0:
                 self._begin(world, device, plan, loader.num_workers)
                 after.sink = self.sink
@@ -259,21 +260,6 @@ class Run:
             if self.start < self.total_steps:
                 after.meet()
                 trainer.fit(self.module, loader)
-        except torch.OutOfMemoryError as error:
-            why = _too_large(cfg, world, plan.micro_batches, device)
-            raise RunStopped(f"{why}. {self._stands()}", 6) from error
-        except RuntimeError as error:
-            if (how := loader_is_gone(error)) is not None:
-                raise RunStopped(f"{_loader_gone(how, loader.num_workers)}. {self._stands()}", 6) from error
-            if world == 1 or not peer_is_gone(error):
-                raise
-            raise RunStopped(
-                f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
-                f"says why it ended ({' '.join(str(error).split())[:120]}). {self._stands()}",
-                7,
-            ) from error
-        finally:
-            after.watchdog.stop()
         if after.stopped is not None:
             raise after.stopped
         if self.rank != 0:
@@ -494,30 +480,3 @@ def workers_for(wanted: int | None, local_world: int, on_gpu: bool) -> int:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // max(1, local_world) - 1)) if on_gpu else 0
-
-
-def _too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
-    """What to lower when the memory of a device is not enough, nothing that would be refused; the batch stays the same
-    in all of it."""
-    images, t, whole = cfg.batch_size // (world * micro), cfg.trainer, cfg.adapt.name == "none"
-    walked, precision = cfg.backbone.family != "timm", precision_of(t.precision, device.type == "cuda")
-    less = [f"trainer.max_batch_per_device={images // 2}"] if images > 1 else []
-    less += ["trainer.precision=bf16-mixed"] if precision == "32-true" else []
-    less += ["trainer.checkpointing=true"] if walked and not t.checkpointing else []
-    less += ["trainer.strategy=fsdp"] if world > 1 and t.strategy != "fsdp" and goes_with_shards(cfg, precision) else []
-    fresh = ["adapt=lora"] if walked and whole and t.strategy != "fsdp" else []
-    fresh += ["a smaller backbone", "a smaller image_size"]
-    now = f"use {' or '.join(less)} (a step computes the same but for what compares images), or " if less else ""
-    return (
-        f"{images} image{'s' if images > 1 else ''} at once do{'' if images > 1 else 'es'} not fit into the memory of "
-        f"{device}: {now}begin another run with {' or '.join(fresh)}"
-    )
-
-
-def _loader_gone(how: str, workers: int) -> str:
-    """What to lower when the system has ended a loader process."""
-    why = {"Killed": ", as it does when memory runs out", "Bus error": ", as it does when /dev/shm is full"}
-    return (
-        f"a loader process was ended by the system ({how}{why.get(how, '')}): use fewer than num_workers={workers}, or "
-        "give the job more memory"
-    )

@@ -7,7 +7,6 @@ written from inside a handler: it may run in the middle of a backward pass.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from datetime import timedelta
@@ -91,27 +90,6 @@ class Agreement:
         work.wait()
         self.pending = None
         return Agreed(*values.tolist())
-
-
-def peer_is_gone(error: RuntimeError) -> bool:
-    """Whether this is how torch reports that another process does not answer any more."""
-    text = r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe"
-    return isinstance(error, dist.DistError) or bool(re.search(text, str(error)))
-
-
-def loader_is_gone(error: BaseException | None) -> str | None:
-    """How a loader process was ended, by the words of the system ("Killed"), if this is how torch reports it.
-
-    It raises from a signal handler, so anywhere, and again where it waits for data, with the first error as the cause.
-    """
-    how = None
-    while error is not None:
-        if found := re.search(r"DataLoader worker \(pid \d+\) is killed by signal: ([^.]+)\.", str(error)):
-            return found[1]
-        if re.fullmatch(r"DataLoader worker \(pid\(s\) [\d, ]+\) exited unexpectedly", str(error)):
-            how = "no reason is known"
-        error = error.__cause__ or error.__context__
-    return how
 
 
 class Clock:
