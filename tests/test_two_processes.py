@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import time
 
 import numpy as np
 import pytest
@@ -80,6 +82,21 @@ def test_a_signal_to_one_process_stops_both_after_a_checkpoint(command_runs):
     assert codes[1] not in (0, -signal.SIGKILL), log
     assert "stopped by a signal at step" in log
     assert list((root / "signalled" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_said_and_leaves_no_process_that_waits(tmp_path, monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        process = runs.start(tmp_path / "r", "max_steps=2", "knn.every_n_steps=0", "trainer.devices=2")
+        assert process.wait(120) == 7
+        said, end = tmp_path / "r.log", time.monotonic() + 120
+        while "stopped: the process that started this one has ended" not in said.read_text():
+            assert time.monotonic() < end, said.read_text()
+            time.sleep(0.2)
+    assert f"cannot meet at MASTER_PORT={port}, which another program on this machine has" in said.read_text()
+    assert "Traceback" not in said.read_text()
 
 
 @pytest.mark.slow

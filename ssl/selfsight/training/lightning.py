@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
+import time
 import warnings
 from typing import Any
 
@@ -24,6 +27,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from ..config import ConfigError
 from . import sharded
 from .stop import FOREVER
+
+STARTER = "SELFSIGHT_STARTER"  # process id of the one that starts the others
+GRACE = 10.0  # seconds in which a process whose starter has ended may say for itself why it ends
 
 
 def precision_of(wanted: str, on_gpu: bool) -> str:
@@ -63,6 +69,38 @@ def _environment() -> ClusterEnvironment | None:
     return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
 
 
+def _note_starter() -> None:
+    """Processes that Lightning starts from the first one of a machine do not outlive it.
+
+    One that ended before they met, or within a collective on GPUs, would be waited for: nothing else tells them.
+    """
+    local = os.environ.get("LOCAL_RANK")
+    if local is None:
+        os.environ[STARTER] = str(os.getpid())
+    elif local != "0" and STARTER in os.environ and not (TorchElasticEnvironment.detect() or by_srun()):
+        threading.Thread(target=_end_after, args=(int(os.environ[STARTER]),), name="starter", daemon=True).start()
+
+
+def _end_after(starter: int) -> None:
+    if os.getppid() != starter and _lives(starter):
+        return  # inherited: of another run
+    while os.getppid() == starter:
+        time.sleep(1.0)
+    time.sleep(GRACE)
+    print("stopped: the process that started this one has ended; its own output says why", file=sys.stderr, flush=True)
+    os._exit(7)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def strategy_of(cfg: Any, processes: int, precision: str) -> Strategy | str:
     """How processes share the work: each with the whole model, or with shards of it; ConfigError where that cannot be.
 
@@ -100,6 +138,7 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     environment = _environment()
+    _note_starter()
     precision = precision_of(cfg.trainer.precision, on_gpu)
     trainer = pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -59,6 +60,12 @@ class Trouble(pl.Callback):
                 raise RunStopped(f"{_loader_gone(how, workers)}. {self.stands()}", 6) from error
             if trainer.world_size == 1 or not peer_is_gone(error):
                 raise
+            if "failed to listen" in str(error):
+                raise RunStopped(
+                    f"the processes cannot meet at MASTER_PORT={os.environ.get('MASTER_PORT')}, which another program "
+                    f"on this machine has: give another one, or none. {self.stands()}",
+                    7,
+                ) from error
             raise RunStopped(
                 f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
                 f"says why it ended ({' '.join(str(error).split())[:120]}). {self.stands()}",
