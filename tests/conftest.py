@@ -10,6 +10,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 import torch
 
+# Files that take minutes, longest first: processes that share the files get them first and end together.
+LONG = ("grid", "eval_run", "faults", "sharded", "two_processes", "contracts", "bank_store", "watchdog", "bench", "resume",
+        "remote", "distill", "goldens_dinov3", "goldens_ibot", "finetune")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory):

@@ -11,7 +11,7 @@ import torch
 import runs
 from selfsight import show
 from selfsight.results import eval_results
-from selfsight.training import evals
+from selfsight.training import evals, jobs
 from selfsight.training.log import read_metrics
 
 COMMON = ("max_steps=4", "knn.every_n_steps=0", "checkpoint.keep_last=1")
@@ -21,6 +21,14 @@ ENTRIES = (
     "eval.bad.probe=knn", "eval.bad.how=inline", "eval.bad.probe.k=1000",
     "eval.beside.probe=knn", "eval.beside.at=2", "eval.beside.threads=1",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _at_once():
+    """Beside other tests a process that steps back waits for minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "NICE", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
