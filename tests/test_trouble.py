@@ -307,6 +307,31 @@ def test_another_error_of_a_loader_is_not_taken_for_one_that_was_ended():
     assert loader_is_gone(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")) == "no reason is known"
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["removed", "changed"])
+def test_a_shard_that_is_removed_or_changed_during_a_run(how, workers, tmp_path, monkeypatch, capsys):
+    shard = Path(runs.shard(tmp_path / "a.tar", 40))
+    words = [word for word in runs.TINY if word.split("=")[0] not in (*runs.SCENES, "num_workers")]
+    words += ["data=shards", f"data.train={shard}", "knn.every_n_steps=0", f"num_workers={workers}", "max_steps=30",
+              "checkpoint.every_n_steps=2", f"run_dir={tmp_path / 'r'}"]  # fmt: skip
+
+    def meddle(*_):
+        if how == "removed":
+            shard.unlink(missing_ok=True)
+        else:
+            os.utime(shard)
+
+    monkeypatch.setattr(checkpoint, "prune", meddle)
+    code = runs.with_handlers_put_back(lambda: cli.main("train", words))
+    said = capsys.readouterr().err
+    if how == "removed":  # what a process has opened stays readable
+        assert (code, said) == (0, "")
+        return
+    assert code == 2 and said.count("\n") == 1
+    assert said.startswith(f"error: {shard} was changed while it was in use: stop, leave the shards alone")
+    assert 2 <= checkpoint.load(checkpoint.newest(tmp_path / "r" / "checkpoints"))[1]["step"] < 30
+
+
 def test_a_run_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
     mkdir = Path.mkdir
 
