@@ -1,5 +1,6 @@
 """A signal at an awkward moment: the run stops at a step boundary with the documented code, and goes on bit for bit."""
 
+import errno
 import os
 import signal
 
@@ -7,6 +8,7 @@ import pytest
 
 import runs
 from kill_driver import SMALL
+from selfsight.results import eval_results
 from selfsight.training import checkpoint, module
 from selfsight.training.judge import Judge
 from selfsight.training.log import read_metrics
@@ -99,3 +101,21 @@ def test_a_run_that_is_told_to_stop_saves_once_and_before_it_looks(tmp_path, mon
     runs.run_here(tmp_path / "r", *words, "checkpoint.every_n_steps=100", without=LEFT)
     rows = read_metrics(tmp_path / "r" / "metrics.csv")
     assert [int(row["step"]) for row in rows if row.get("knn")] == [0, 2, 4, 5]
+
+
+def test_a_run_that_is_told_to_stop_leaves_long_evaluations_to_the_same_command(tmp_path, monkeypatch, capsys):
+    words = (*WORDS, "eval.knn.every_n_steps=2", "eval.knn.how=inline")
+    at("update", monkeypatch, TERM, step=1)
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match="by a signal at step 2;") as stopped:
+        patch.setattr(checkpoint, "mark_best", full)
+        runs.run_here(tmp_path / "r", *words, without=LEFT)
+    assert stopped.value.code == 128 + TERM
+    assert "step 2 stands, but cannot be marked as the best ([Errno 28] No space left" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "r" / "checkpoints").name == "step-000000002"
+    assert not eval_results(tmp_path / "r", "knn")
+    runs.run_here(tmp_path / "r", *words, without=LEFT)
+    assert list(eval_results(tmp_path / "r", "knn")) == [2, 4, 5]
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -23,6 +23,8 @@ from selfsight.training.log import read_metrics
 from selfsight.training.loop import AfterStep, RunStopped, listed
 from selfsight.training.trouble import Trouble, loader_is_gone
 
+PINNED = "Pin memory thread exited unexpectedly"
+
 
 def test_bad_samples_of_a_stream_are_counted_and_listed(tmp_path):
     pattern = runs.shard(tmp_path / "a.tar", 18, bad=(3, 9))
@@ -278,8 +280,9 @@ def test_a_loader_process_that_the_system_ends_is_one_sentence_about_memory(tmp_
     assert checkpoint.newest(tmp_path / "r" / "checkpoints") is not None
 
 
-def test_what_torch_raises_from_its_signal_handler_waits_until_a_batch_is_missing():
-    own, trainer = signal.getsignal(signal.SIGCHLD), SimpleNamespace(world_size=1)
+@pytest.mark.parametrize("ended", ["DataLoader worker (pid(s) 7) exited unexpectedly", PINNED])
+def test_what_torch_raises_from_its_signal_handler_waits_until_a_batch_is_missing(ended):
+    own, trainer, went_on = signal.getsignal(signal.SIGCHLD), SimpleNamespace(world_size=1), []
 
     def torchs(number, frame):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
@@ -292,8 +295,30 @@ def test_what_torch_raises_from_its_signal_handler_waits_until_a_batch_is_missin
             for _ in range(2):
                 trouble.on_train_batch_start()
                 os.kill(os.getpid(), signal.SIGCHLD)  # where a checkpoint is written, say
-            raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-        assert signal.getsignal(signal.SIGCHLD) is torchs
+                went_on.append(True)
+            raise RuntimeError(ended)
+        assert went_on == [True, True] and signal.getsignal(signal.SIGCHLD) is torchs
+    finally:
+        signal.signal(signal.SIGCHLD, own)
+
+
+def test_an_error_of_another_handler_of_child_processes_is_not_kept_back():
+    own = signal.getsignal(signal.SIGCHLD)
+
+    def another(number, frame):
+        raise RuntimeError("of another library")
+
+    signal.signal(signal.SIGCHLD, another)
+    try:
+        trouble = Trouble(None, str)
+        trouble.on_train_batch_start()
+        with pytest.raises(RuntimeError, match="of another library"):
+            os.kill(os.getpid(), signal.SIGCHLD)
+        ours = signal.getsignal(signal.SIGCHLD)
+        signal.signal(signal.SIGCHLD, lambda *args: ours(*args))  # torch's, which calls the one before
+        trouble.on_train_batch_start()
+        with pytest.raises(RuntimeError, match="of another library"):
+            os.kill(os.getpid(), signal.SIGCHLD)
     finally:
         signal.signal(signal.SIGCHLD, own)
 
@@ -305,6 +330,8 @@ def test_another_error_of_a_loader_is_not_taken_for_one_that_was_ended():
     assert loader_is_gone(killed) == loader_is_gone(later) == "Bus error"
     assert loader_is_gone(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")) is None
     assert loader_is_gone(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")) == "no reason is known"
+    itself = "DataLoader worker (pid 7) exited unexpectedly with exit code 3. Details are lost"
+    assert loader_is_gone(RuntimeError(itself)) == "exit code 3"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -92,10 +92,10 @@ def test_a_port_that_is_taken_is_said_and_leaves_no_process_that_waits(tmp_path,
         process = runs.start(tmp_path / "r", "max_steps=2", "knn.every_n_steps=0", "trainer.devices=2")
         assert process.wait(120) == 7
         said, end = tmp_path / "r.log", time.monotonic() + 120
-        while "stopped: the process that started this one has ended" not in said.read_text():
+        while "stopped: the process that started rank 1 has ended" not in said.read_text():
             assert time.monotonic() < end, said.read_text()
             time.sleep(0.2)
-    assert f"cannot meet at MASTER_PORT={port}, which another program on this machine has" in said.read_text()
+    assert f"cannot meet at MASTER_PORT={port}, which another program on this machine has: set" in said.read_text()
     assert "Traceback" not in said.read_text()
 
 

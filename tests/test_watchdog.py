@@ -7,14 +7,16 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 import runs
 from kill_driver import Job, command, count, words_for
-from selfsight.training import checkpoint, loop
+from selfsight.training import checkpoint, jobs, loop, watchdog
+from selfsight.training.lightning import starter
 from selfsight.training.run import Run
-from selfsight.training.watchdog import CODE, DATA, MEET, START, STEP, Watchdog
+from selfsight.training.watchdog import CODE, DATA, MEET, ORPHAN, START, STEP, Watchdog
 
 LIMIT = 0.6  # seconds
 
@@ -57,6 +59,69 @@ def test_a_wait_for_data_that_does_not_end_is_named(watch, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "hang: rank 0 has been waiting for data for step 8 since" in said and "trainer.hang_minutes" in said
     assert "test_watchdog.py" in (tmp_path / "hang-rank-0.txt").read_text()  # where this thread stands
+
+
+def test_a_process_whose_starter_has_ended_says_where_it_stands_and_ends(watch, tmp_path, capfd, monkeypatch):
+    make, codes = watch
+    monkeypatch.setattr(watchdog, "GRACE", 0.3)
+    monkeypatch.setattr(watchdog, "starter", os.getppid)
+    dog = make(rank=1)
+    dog.enter("evaluating", 7)
+    dog.start(2)
+    assert ended(codes, 0.5) == []
+    monkeypatch.setattr(watchdog.os, "getppid", lambda: 1)
+    assert ended(codes) == [ORPHAN]
+    assert "stopped: the process that started rank 1 has ended" in capfd.readouterr().err
+    assert "test_watchdog.py" in (tmp_path / "hang-rank-1.txt").read_text()
+
+
+def test_a_process_that_nobody_listens_to_ends_all_the_same(watch, monkeypatch):
+    make, codes = watch
+
+    def broken(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    dog = make()
+    dog.enter(DATA, 7)
+    dog.start(1)
+    assert ended(codes) == [CODE]
+
+
+STARTED = {  # environment of a process, and whether it ends with its parent, or with a process that is gone
+    "the first": ({}, False, False),
+    "by the first": ({"LOCAL_RANK": "1"}, True, True),
+    "the first, which has started others": ({"LOCAL_RANK": "0"}, False, False),
+    "by torchrun": ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, False, False),
+    "by srun": ({"LOCAL_RANK": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}, False, False),
+}
+
+
+@pytest.mark.parametrize("how", STARTED)
+def test_only_a_process_that_the_first_of_its_machine_has_started_ends_with_it(how, monkeypatch):
+    env, parent, gone = STARTED[how]
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_JOB_NAME", jobs.STARTER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert starter() is None  # by hand
+    child = subprocess.Popen(["true"])
+    while _state(child.pid) != "Z":  # has ended, and nobody has waited for it
+        time.sleep(0.01)
+    monkeypatch.setenv(jobs.STARTER, str(os.getppid()))
+    assert starter() == (os.getppid() if parent else None)
+    monkeypatch.setenv(jobs.STARTER, str(child.pid))
+    assert starter() == (child.pid if gone else None)
+    child.wait()
+    monkeypatch.setenv(jobs.STARTER, str(child.pid))
+    assert starter() == (child.pid if gone else None)
+    monkeypatch.setenv(jobs.STARTER, str(os.getpid()))
+    assert starter() is None  # of another run, which goes on
+    assert jobs.STARTER not in jobs.slurm_env()
+
+
+def _state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_the_process_that_is_behind_is_the_one_that_hangs(watch, tmp_path, capfd):

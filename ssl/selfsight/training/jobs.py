@@ -19,8 +19,9 @@ from pathlib import Path
 NICE = 10  # how far a process steps back for the training
 TOLD_TO_STOP = tuple(-getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"))
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+STARTER = "SELFSIGHT_STARTER"  # process id of the first process of a machine, which starts the others
 _DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR",
-                "MASTER_PORT", "TORCHELASTIC_RUN_ID")  # fmt: skip
+                "MASTER_PORT", "TORCHELASTIC_RUN_ID", STARTER)  # fmt: skip
 
 
 class Job:

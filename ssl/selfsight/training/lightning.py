@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import threading
-import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,10 +24,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from ..config import ConfigError
 from . import sharded
+from .jobs import STARTER
 from .stop import FOREVER
-
-STARTER = "SELFSIGHT_STARTER"  # process id of the one that starts the others
-GRACE = 10.0  # seconds in which a process whose starter has ended may say for itself why it ends
 
 
 def precision_of(wanted: str, on_gpu: bool) -> str:
@@ -69,36 +65,24 @@ def _environment() -> ClusterEnvironment | None:
     return LightningEnvironment() if "SLURM_NTASKS" in os.environ else None
 
 
-def _note_starter() -> None:
-    """Processes that Lightning starts from the first one of a machine do not outlive it.
-
-    One that ended before they met, or within a collective on GPUs, would be waited for: nothing else tells them.
-    """
-    local = os.environ.get("LOCAL_RANK")
-    if local is None:
-        os.environ[STARTER] = str(os.getpid())
-    elif local != "0" and STARTER in os.environ and not (TorchElasticEnvironment.detect() or by_srun()):
-        threading.Thread(target=_end_after, args=(int(os.environ[STARTER]),), name="starter", daemon=True).start()
-
-
-def _end_after(starter: int) -> None:
-    if os.getppid() != starter and _lives(starter):
-        return  # inherited: of another run
-    while os.getppid() == starter:
-        time.sleep(1.0)
-    time.sleep(GRACE)
-    print("stopped: the process that started this one has ended; its own output says why", file=sys.stderr, flush=True)
-    os._exit(7)
+def starter() -> int | None:
+    """The process that Lightning started this one from, the first of its machine; None in that one and elsewhere."""
+    if "LOCAL_RANK" not in os.environ:
+        os.environ[STARTER] = str(os.getpid())  # for those that are started from here
+    if os.environ.get("LOCAL_RANK", "0") == "0" or TorchElasticEnvironment.detect() or by_srun():
+        return None
+    pid = int(os.environ.get(STARTER, "0"))
+    return pid if pid and (pid == os.getppid() or not _lives(pid)) else None  # another one is of another run
 
 
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # ended and not waited for
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
-    return True
+    except OSError:  # of another user; a system without /proc
+        return True
 
 
 def strategy_of(cfg: Any, processes: int, precision: str) -> Strategy | str:
@@ -138,7 +122,6 @@ def make_trainer(cfg: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
     if exact:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     environment = _environment()
-    _note_starter()
     precision = precision_of(cfg.trainer.precision, on_gpu)
     trainer = pl.Trainer(
         accelerator="gpu" if on_gpu else "cpu",

@@ -175,8 +175,10 @@ class AfterStep(pl.Callback):
                 3,
             )
             return
-        looks, must = measure or draw or inline, bool(last or agreed.stop)
-        early = looks and bool(agreed.stop) and not last  # its time may be over before it has looked
+        stops = bool(agreed.stop) and not last
+        inline = inline and not stops  # may take long; the same command begins with it
+        looks, must = measure or draw or inline, last or stops
+        early = looks and stops  # its time may be over before it has looked
         if early:
             self._save(trainer, module, False, must)
         numbers = self._look(step, measure, draw, inline) if looks else {}
@@ -184,16 +186,16 @@ class AfterStep(pl.Callback):
             self._log(trainer, module, numbers)
         best = self._is_best(numbers)
         if early and best:
-            checkpoint.mark_best(plan.run_dir / "checkpoints", step)
+            self._mark_best(step)
         elif not early:
             if self.whole is not None and measure:  # others must give their shards
                 best = bool(self.agreement.now(int(best), 0, 0).stop)
-            if saving or best or agreed.stop:
+            if saving or best or stops:
                 self._save(trainer, module, best, must)
-        if self.evals and self.rank == 0 and (last or not agreed.stop):
+        if self.evals and self.rank == 0 and not stops:
             with _Pause(self.speed), self.watchdog.busy("evaluating"):
                 self.evals.after_step(step)
-        if agreed.stop and not last:
+        if stops:
             code = 128 + (self.flag.signal or 15)
             self._stop(trainer, f"stopped by a signal at step {step}; the same command continues from here", code)
 
@@ -343,7 +345,6 @@ class AfterStep(pl.Callback):
             "images": module.step * plan.batch_size,
             "seconds": self.seconds(),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "knn": knn,
         }
         folder = plan.run_dir / "checkpoints"
         keep = {"keep_last": plan.keep_last, "protect": self.evals.needed() if self.evals else ()}
@@ -359,6 +360,12 @@ class AfterStep(pl.Callback):
                     1,
                 ) from error
             self.bar.line(f"checkpoint at step {module.step} FAILED: {error}; earlier ones stand, will try again")
+
+    def _mark_best(self, step: int) -> None:
+        try:
+            checkpoint.mark_best(self.plan.run_dir / "checkpoints", step)
+        except OSError as error:
+            self.bar.line(f"the checkpoint of step {step} stands, but cannot be marked as the best ({error})")
 
     def _objective(self, module: Module) -> Objective:
         """The objective with whole weights (rank 0)."""

@@ -31,19 +31,24 @@ class Trouble(pl.Callback):
     def __init__(self, cfg: Any, stands: Callable[[], str]):
         self.cfg, self.stands = cfg, stands
         self.death: RuntimeError | None = None  # the first of a loader process
-        self.handler: Any = None  # torch's
+        self.put_back: Callable[[], Any] = lambda: None
 
     def on_train_batch_start(self, *args: Any) -> None:
-        handler = signal.getsignal(CHILD) if CHILD else None  # torch's, once a loader has processes
-        if callable(handler) and handler != self._on_child:
-            self.handler = handler
-            signal.signal(CHILD, self._on_child)
+        theirs = signal.getsignal(CHILD) if CHILD else None  # torch's, once a loader has processes
+        if not callable(theirs) or hasattr(theirs, "defers"):
+            return
 
-    def _on_child(self, number: int, frame: object) -> None:
-        try:
-            self.handler(number, frame)
-        except RuntimeError as error:
-            self.death = self.death or error
+        def ours(number: int, frame: object) -> None:
+            try:
+                theirs(number, frame)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                self.death = self.death or error
+
+        ours.defers = True
+        signal.signal(CHILD, ours)
+        self.put_back = lambda: signal.getsignal(CHILD) is ours and signal.signal(CHILD, theirs)
 
     @contextlib.contextmanager
     def told(self, trainer: pl.Trainer, micro_batches: int, workers: int) -> Iterator[None]:
@@ -60,10 +65,10 @@ class Trouble(pl.Callback):
                 raise RunStopped(f"{_loader_gone(how, workers)}. {self.stands()}", 6) from error
             if trainer.world_size == 1 or not peer_is_gone(error):
                 raise
-            if "failed to listen" in str(error):
+            if "EADDRINUSE" in str(error):
                 raise RunStopped(
                     f"the processes cannot meet at MASTER_PORT={os.environ.get('MASTER_PORT')}, which another program "
-                    f"on this machine has: give another one, or none. {self.stands()}",
+                    f"on this machine has: set another one. {self.stands()}",
                     7,
                 ) from error
             raise RunStopped(
@@ -72,8 +77,7 @@ class Trouble(pl.Callback):
                 7,
             ) from error
         finally:
-            if self.handler is not None:
-                signal.signal(CHILD, self.handler)
+            self.put_back()
 
 
 def peer_is_gone(error: RuntimeError) -> bool:
@@ -91,8 +95,10 @@ def loader_is_gone(error: BaseException | None) -> str | None:
     while error is not None:
         if found := re.search(r"DataLoader worker \(pid \d+\) is killed by signal: ([^.]+)\.", str(error)):
             return found[1]
-        if re.fullmatch(r"DataLoader worker \(pid\(s\) [\d, ]+\) exited unexpectedly", str(error)):
-            how = "no reason is known"
+        if found := re.match(r"DataLoader worker \(pid \d+\) exited unexpectedly with (exit code \d+)", str(error)):
+            return found[1]
+        if re.fullmatch(r"(DataLoader worker \(pid\(s\) [\d, ]+\)|Pin memory thread) exited unexpectedly", str(error)):
+            how = "no reason is known"  # the second where it died with a batch handed in
         error = error.__cause__ or error.__context__
     return how
 
@@ -117,6 +123,8 @@ def too_large(cfg: Any, world: int, micro: int, device: torch.device) -> str:
 
 def _loader_gone(how: str, workers: int) -> str:
     """What to lower when the system has ended a loader process."""
+    if how.startswith("exit code"):
+        return f"a loader process has ended by itself ({how}): num_workers=0 shows why"
     why = {"Killed": ", as it does when memory runs out", "Bus error": ", as it does when /dev/shm is full"}
     return (
         f"a loader process was ended by the system ({how}{why.get(how, '')}): use fewer than num_workers={workers}, or "

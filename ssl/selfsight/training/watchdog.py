@@ -6,12 +6,14 @@ limit. When a step, or the wait for data, takes longer than the limit, no proces
 to be busy with something long (evaluating, saving), the thread names the processes that are silent or behind, writes
 where all threads of its own process are, and ends it; under Slurm also what does not answer, which would hold the job.
 A scheduler can then start the run again, which continues from the last checkpoint.
+
+Nor does a process outlive the one that started it, where that is the first process of its machine: one that ended
+before they met, or within a collective on GPUs, would be waited for.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import functools
 import json
 import os
 import subprocess
@@ -23,9 +25,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .lightning import by_srun
+from .lightning import by_srun, starter
 
-CODE = 5
+CODE, ORPHAN = 5, 7
+LOOK, GRACE = 2.0, 30.0  # seconds between looks for the starter, and until what is left without it is ended
 START, MEET, DATA, STEP = "starting", "waiting for the other processes", "waiting for data", "computing"
 SHORT = (MEET, DATA, STEP)  # what must not take long; other phases may
 
@@ -35,7 +38,7 @@ class Watchdog:
 
     def __init__(self, run_dir: Path, rank: int, minutes: float, end: Any = os._exit):
         self.folder, self.rank, self.limit, self.end = run_dir / ".pulse", rank, 60 * minutes, end
-        self.world = 1
+        self.world, self.starter = 1, None
         self.heard: dict[int, dict[str, Any]] = {}
         self.phase, self.step, self.since = START, 0, time.monotonic()
         self.began = time.time()
@@ -44,7 +47,7 @@ class Watchdog:
 
     def start(self, world: int) -> None:
         """Begin to watch over so many processes; nothing if the limit is 0."""
-        self.world = world
+        self.world, self.starter = world, starter()
         if self.limit:
             with suppress(OSError):  # a folder that cannot be written is said by who begins the run
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,17 @@ class Watchdog:
 
     def _run(self) -> None:
         self._note(0.0)  # also in place of what an earlier session left
-        while not self.stopping.wait(max(0.2, self.limit / 8)):
+        every = max(0.2, self.limit / 8)
+        due = time.monotonic() + every
+        while not self.stopping.wait(min(every, LOOK)):
+            if self.starter and os.getppid() != self.starter:
+                if not self.stopping.wait(GRACE):  # it may say for itself why it ends
+                    self._report_orphan()
+                    self.end(ORPHAN)
+                return
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + every
             seconds = time.monotonic() - self.since
             self._note(seconds)
             if self.phase in SHORT and seconds > self.limit:
@@ -137,21 +150,23 @@ class Watchdog:
         return max(3.0, self.limit / 2)
 
     def _report(self, seconds: float, others: dict[int, dict[str, Any]]) -> None:
-        say = functools.partial(print, file=sys.stderr, flush=True)
         notes = {self.rank: {"phase": self.phase, "step": self.step, "seconds": seconds, "age": 0.0}} | others
         for rank in self._suspects(notes):
             note = notes[rank]
             step = "" if note["phase"] == MEET else f" for step {note['step'] + 1}"
             if note["age"] >= self._silence:
                 where = f"process {note['pid']} on {note['host']}, {note['phase']}{step}"
-                say(f"hang: rank {rank} has not been heard of for {note['age']:.0f} s ({where})")
+                _say(f"hang: rank {rank} has not been heard of for {note['age']:.0f} s ({where})")
             elif note["phase"] == MEET:
-                say(f"hang: rank {rank} has been {MEET} for {note['seconds']:.0f} s: one has ended or never started")
+                _say(f"hang: rank {rank} has been {MEET} for {note['seconds']:.0f} s: one has ended or never started")
             else:
-                say(f"hang: rank {rank} has been {note['phase']}{step} since {note['seconds']:.0f} s")
-        stacks = "" if self.phase == MEET else self._stacks()
-        say(f"stopped: nothing has moved for {self.limit:.0f} s (trainer.hang_minutes); {stacks}the same command "
-            "continues from the last checkpoint")  # fmt: skip
+                _say(f"hang: rank {rank} has been {note['phase']}{step} since {note['seconds']:.0f} s")
+        _say(f"stopped: nothing has moved for {self.limit:.0f} s (trainer.hang_minutes); {self._stacks()}the same "
+             "command continues from the last checkpoint")  # fmt: skip
+
+    def _report_orphan(self) -> None:
+        _say(f"stopped: the process that started rank {self.rank} has ended, and its own output says why; "
+             f"{self._stacks()}the same command continues from the last checkpoint")  # fmt: skip
 
     def _suspects(self, notes: dict[int, dict[str, Any]]) -> list[int]:
         """Those that others wait for: silent ones, else among those that are behind the ones without data."""
@@ -162,12 +177,20 @@ class Watchdog:
         return sorted([r for r in waiting if notes[r]["phase"] == DATA] or waiting)
 
     def _stacks(self) -> str:
-        """Where every thread stands, to a file of the run folder; says where it is."""
+        """Where every thread stands, to a file of the run folder; says where it is. Nothing as the run begins."""
+        if self.phase in (START, MEET):
+            return ""
         path = self.folder.parent / f"hang-rank-{self.rank}.txt"
         try:
             with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            with suppress(OSError, ValueError):
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
             return ""
         return f"where rank {self.rank} stands is in {path}, and "
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # nobody may be there to read it, and the process is to end all the same
+        print(text, file=sys.stderr, flush=True)
