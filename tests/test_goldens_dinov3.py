@@ -93,6 +93,7 @@ def two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cases("dinov3", ("dist2_koleo",)), reason="the case is not in the folder")
 def test_koleo_of_two_processes(tmp_path):
     _, t = load("dinov3", "dist2_koleo")

@@ -384,6 +384,7 @@ def two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_dinov2_two_processes(tmp_path):
     """Centres and Sinkhorn of two processes are the reference's; KoLeo's loss and gradient those of one process."""
     _, t = load("dinov2", "dist2_centers_sinkhorn")
