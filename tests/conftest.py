@@ -11,8 +11,8 @@ import pytest
 import torch
 
 # Files that take minutes, longest first: processes that share the files get them first and end together.
-LONG = ("grid", "eval_run", "faults", "sharded", "two_processes", "contracts", "bank_store", "watchdog", "bench",
-        "resume", "remote", "distill", "goldens_dinov3", "goldens_ibot", "finetune")  # fmt: skip
+LONG = ("slurm", "grid", "faults", "sharded", "two_processes", "contracts", "eval_run", "watchdog", "bench", "resume",
+        "remote", "distill", "goldens_dinov3", "goldens_ibot", "finetune")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -6,10 +6,8 @@ import errno
 import fcntl
 import json
 import multiprocessing
-import os
 import resource
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -291,23 +289,6 @@ def process(*args):
     started = multiprocessing.get_context("spawn").Process(target=extract_slowly, args=args)
     started.start()
     return started
-
-
-@pytest.mark.slow
-def test_a_killed_process_is_continued_bit_for_bit(tmp_path):
-    first = process(str(tmp_path / "killed"), 0.1)
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/*/.part*/progress.json")) and time.monotonic() < until:
-        time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
-    first.join()
-    assert not complete(tmp_path / "killed")
-    for root in ("killed", "whole"):
-        again = process(str(tmp_path / root), 0.0)
-        again.join()
-        assert again.exitcode == 0
-    for file in complete(tmp_path / "whole")[0].glob("*.npy"):
-        assert file.read_bytes() == (complete(tmp_path / "killed")[0] / file.name).read_bytes()
 
 
 @pytest.mark.slow
