@@ -19,6 +19,7 @@ from selfsight.training.run import Run
 from selfsight.training.watchdog import CODE, DATA, MEET, ORPHAN, START, STEP, Watchdog
 
 LIMIT = 0.6  # seconds
+SECONDS = 15.0  # the limit of two processes, whose first step takes 9 beside other tests
 
 
 @pytest.fixture
@@ -247,16 +248,18 @@ def test_a_run_may_evaluate_and_save_for_longer_than_the_limit(tmp_path, monkeyp
 def test_the_others_wait_for_the_first_process_longer_than_the_limit(tmp_path):
     (tmp_path / "victim").mkdir()
     words = words_for(tmp_path / "victim", runs.shard(tmp_path / "a.tar", 40), 2, 2)
-    job = Job([*words, "trainer.hang_minutes=0.1", "knn.every_n_steps=1"], tmp_path / "log", ranks=2, target=slowly)
+    words = [*words, f"trainer.hang_minutes={SECONDS / 60}", "knn.every_n_steps=1"]
+    job = Job(words, tmp_path / "log", ranks=2, target=slowly)
     assert job.wait() == [0, 0] and "hang" not in job.text(), job.text()
 
 
 def slowly(words, log, env):
-    """The command with evaluations longer than the limit, the first of which comes before the processes meet."""
-    own = Run._evaluate
+    """The command with two evaluations longer than the limit: before the processes meet, and before the last step."""
+    own, calls = Run._evaluate, []
 
     def evaluate(self, *args):
-        time.sleep(9)
+        calls.append(1)
+        time.sleep(1.4 * SECONDS if len(calls) <= 2 else 0)
         return own(self, *args)
 
     Run._evaluate = evaluate
@@ -285,13 +288,13 @@ def test_a_run_whose_loader_hangs_ends_and_continues(tmp_path):
 
 
 class Pair:
-    """A training in two processes that ends when nothing moves for three seconds."""
+    """A training in two processes that ends when nothing moves for SECONDS."""
 
     def __init__(self, tmp_path):
         words = words_for(tmp_path / "victim", runs.shard(tmp_path / "a.tar", 40), 4000, 2)
         (tmp_path / "victim").mkdir()
         self.run = tmp_path / "victim" / "run"
-        self.job = Job([*words, "trainer.hang_minutes=0.1"], tmp_path / "log", ranks=2)
+        self.job = Job([*words, f"trainer.hang_minutes={SECONDS / 60}"], tmp_path / "log", ranks=2)
 
     def stop(self, rank):
         """Once it trains, and has noted that it does (it notes a few times per limit), hold a process."""
