@@ -170,6 +170,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     found["export"] = (run / "export" / "model.safetensors").read_bytes()
     found["index"] = sorted(p.read_bytes() for p in (folder / "index").glob("[!.]*"))
     found["metrics"] = [row.split(",")[:5] for row in (run / "metrics.csv").read_text().splitlines()]
+    found["latest"] = (run / "checkpoints" / "latest").read_text()
     found["files"] = sorted(p.relative_to(run).as_posix() for p in run.rglob("*"))
     return found
 
@@ -177,5 +178,5 @@ def outcome(folder: Path) -> dict[str, Any]:
 def assert_same(found: dict[str, Any], expected: dict[str, Any], text: str = "") -> None:
     """Equal in every part, bit for bit."""
     different = [k for k in expected.keys() | found.keys() if found.get(k) != expected.get(k)]
-    shown = {k: (found.get(k), expected.get(k)) for k in different if k in ("files", "metrics")}
+    shown = {k: (found.get(k), expected.get(k)) for k in different if k in ("files", "metrics", "latest")}
     assert not different, f"{len(different)} of {len(expected)} differ, e.g. {different[:3]} {shown}\n{text}"

@@ -114,6 +114,7 @@ def test_a_failed_write_leaves_the_earlier_one_and_no_rubbish(tmp_path, monkeypa
 def test_what_a_killed_writer_left_is_cleaned(tmp_path):
     (tmp_path / ".tmp-step-000000003-1").mkdir()
     (tmp_path / ".trash-step-000000001-1").mkdir()
+    (tmp_path / ".tmp-latest-1").write_text("step-00")
     save(tmp_path, 2)
     checkpoint.clean(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"step-000000002", "latest"}

@@ -28,7 +28,7 @@ from selfsight.training.loop import AfterStep
 STEPS = 16
 TRAINING = [  # in the order in which a run meets them; each takes it a step further
     "index.half", "index.written", "step.forward@1", "step.update@2", "step.end@4", "checkpoint.file@5",
-    "checkpoint.written@6", "checkpoint.manifest@7", "checkpoint.renamed@8", "checkpoint.latest@9", "checkpoint.trash",
+    "checkpoint.written@6", "checkpoint.manifest@7", "checkpoint.latest@9", "checkpoint.trash", "checkpoint.renamed@16",
     "export.written", "summary",
 ]  # fmt: skip
 BANK = ["bank.rows@40", "bank.noted@60", "bank.finished", "bank.renamed"]

@@ -121,6 +121,25 @@ def test_a_damaged_checkpoint_costs_no_good_one_and_without_any_the_run_is_refus
         runs.run_here(tmp_path / "r", *words)
 
 
+@pytest.mark.parametrize("point", ["checkpoint.renamed", "checkpoint.latest"])
+def test_a_run_that_is_killed_after_its_last_checkpoint_keeps_what_another_keeps(tmp_path, monkeypatch, point):
+    words = ("max_steps=4", "checkpoint.every_n_steps=1", "knn.every_n_steps=4")
+
+    def end(at, step=None):
+        if (at, step) == (point, 4):
+            raise EOFError("as if killed here")
+
+    with monkeypatch.context() as patched, pytest.raises(EOFError):
+        patched.setattr(checkpoint, "fault", end)
+        runs.run_here(tmp_path / "r", *words)
+    folder = tmp_path / "r" / "checkpoints"
+    assert (folder / "best").exists() == (point == "checkpoint.latest")
+    (folder / ".tmp-best-1").write_text("step-0000")
+    runs.run_here(tmp_path / "r", *words)
+    assert {p.name for p in folder.iterdir()} == {"step-000000003", "step-000000004", "latest", "best"}
+    assert {(folder / name).read_text() for name in ("latest", "best")} == {"step-000000004\n"}
+
+
 def spoil(path):
     (path / "model.safetensors").write_bytes(b"")
 

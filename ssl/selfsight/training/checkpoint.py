@@ -243,11 +243,18 @@ def clean(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith((".tmp-", ".trash-")):
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def settle(folder: Path, step: int, best: int | None = None) -> None:
+    """Name the checkpoint from which a run goes on, and the best one, where a writer was killed before it did."""
+    _replace_text(folder / "latest", f"step-{step:09d}")
+    if best is not None and at_step(folder, best) is not None:
+        mark_best(folder, best)
 
 
 def _replace_text(path: Path, text: str) -> None:
-    tmp = path.with_name(f".{path.name}-{os.getpid()}")
+    tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     tmp.write_text(text + "\n")
     _fsync(tmp)
     tmp.replace(path)

@@ -103,6 +103,11 @@ class Metrics:
         """(step, value) of every row that has this column."""
         return [(int(r["step"]), float(r[column])) for r in self.rows if r.get(column)]
 
+    def best(self) -> tuple[int, float] | None:
+        """(step, k-NN accuracy) of the first row with the highest one; an untrained backbone is not meant."""
+        known = [(step, knn) for step, knn in self.numbers("knn") if step > 0]
+        return max(known, key=lambda row: row[1], default=None)
+
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
     """Rows of a metrics.csv, [] if there is none; a half-written last line is dropped."""

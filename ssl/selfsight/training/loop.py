@@ -122,8 +122,8 @@ class AfterStep(pl.Callback):
         self.metrics = Metrics(metrics, module.step, self.bar.line) if self.rank == 0 else None
         if self.evals is not None:
             self.evals.say = self.bar.line
-        known = self.metrics.numbers("knn") if self.metrics else []
-        self.best_knn = max((v for step, v in known if step > 0), default=None)
+        best = self.metrics.best() if self.metrics else None
+        self.best_knn = best and best[1]
         self.watchdog.enter(DATA, module.step)
         self.skipped = self.plan.run_dir / "skipped.jsonl"
         self.list_bad, self.unlisted = Patient(self.skipped, self.bar.line), {}

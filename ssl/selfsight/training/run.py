@@ -104,6 +104,9 @@ class Run:
         checkpoint.clean(self.dir / "checkpoints")
         for sentence in checkpoint.set_aside(self.dir / "checkpoints", self.start):
             print(sentence, flush=True)
+        if self.start:
+            best = Metrics(self.dir / "metrics.csv", self.start).best() if self.cfg.checkpoint.keep_best else None
+            checkpoint.settle(self.dir / "checkpoints", self.start, best and best[0])
         for pattern in LEFTOVERS:
             for path in self.dir.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -455,7 +458,9 @@ class Run:
         if self.evals is not None:
             self.evals.wait()
             summary |= {"evals": self.evals.summary()}
-            checkpoint.prune(self.dir / "checkpoints", cfg.checkpoint.keep_last, self.evals.needed())
+        needed = self.evals.needed() if self.evals else ()
+        # Here also what was killed between its last checkpoint and the end of its pruning.
+        checkpoint.prune(self.dir / "checkpoints", cfg.checkpoint.keep_last, needed)
         self._write(summary)
         print("\n" + closing_table(summary, self.dir), flush=True)
         return summary
