@@ -150,14 +150,14 @@ SMALL = (
     "image_size=16", "backbone.patch_size=4", "backbone.embed_dim=32", "backbone.depth=1", "backbone.num_heads=2",
     "objective=dino", "objective.num_prototypes=16", "objective.head_hidden=32", "objective.head_bottleneck=16",
     "objective.momentum=0.9", "views.local.n=1", "views.local.size=8", "optim.lr=1e-3", "optim.warmup=2",
-    "knn.every_n_steps=0", "checkpoint.every_n_steps=1", "checkpoint.keep_last=2",
+    "knn.every_n_steps=0", "log_every_n_steps=3", "checkpoint.every_n_steps=1", "checkpoint.keep_last=2",
     "trainer.hang_minutes=1",  # where one of two is killed before they meet
 )  # fmt: skip
 
 
 def words_for(folder: Path, shard: str, steps: int, ranks: int = 1, *more: str) -> list[str]:
     """`selfsight train …` on a shard whose index is kept (and hence made by the run) in `folder`."""
-    left = (*runs.SCENES, "image_size", "trainer.devices")
+    left = (*runs.SCENES, "image_size", "trainer.devices", "log_every_n_steps")
     tiny = [word for word in runs.TINY if word.split("=")[0] not in left]
     return ["train", *tiny, *SMALL, f"trainer.devices={ranks}", f"max_steps={steps}", f"run_dir={folder}/run",
             "data=shards", f"data.train={shard}", f"data.index_dir={folder}/index", *more]  # fmt: skip

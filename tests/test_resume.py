@@ -10,6 +10,7 @@ import pytest
 import runs
 from selfsight.config import ConfigError
 from selfsight.training import checkpoint, loop, meet
+from selfsight.training.log import read_metrics
 
 STEPS = 45  # 40 samples in batches of 8: the stop falls into the middle of an epoch
 SLOW = ("knn.every_n_steps=1000",)  # at the ends only
@@ -121,19 +122,39 @@ def test_a_damaged_checkpoint_costs_no_good_one_and_without_any_the_run_is_refus
         runs.run_here(tmp_path / "r", *words)
 
 
-@pytest.mark.parametrize("point", ["checkpoint.renamed", "checkpoint.latest"])
-def test_a_run_that_is_killed_after_its_last_checkpoint_keeps_what_another_keeps(tmp_path, monkeypatch, point):
+@pytest.mark.parametrize("again", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_rows_are_means_over_all_their_steps_whoever_interrupted_them(tmp_path, monkeypatch, again):
+    words = ("max_steps=8", "log_every_n_steps=4", "knn.every_n_steps=0",
+             "checkpoint.every_n_steps=2", "trainer.max_batch_per_device={}")  # fmt: skip
+    without = ("log_every_n_steps",)
+
+    def columns(name):
+        left = ("images_per_second", "data_wait", "mfu")
+        rows = read_metrics(tmp_path / name / "metrics.csv")
+        return [{k: float(v) for k, v in row.items() if k not in left and v} for row in rows]
+
+    runs.run_here(tmp_path / "whole", *words[:-1], words[-1].format(4), without=without)
+    with monkeypatch.context() as patched, pytest.raises(loop.RunStopped, match="stopped by a signal at step 7"):
+        patched.setenv("SELFSIGHT_FAULTS", "step.forward:term@6")
+        runs.run_here(tmp_path / "r", *words[:-1], words[-1].format(4), without=without)
+    runs.run_here(tmp_path / "r", *words[:-1], words[-1].format(again), without=without)
+    assert [row["step"] for row in columns("whole")] == [4, 8]
+    for found, expected in zip(columns("r"), columns("whole"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5 if again == 8 else 0, abs=0)
+
+
+def test_a_run_that_is_killed_after_its_last_checkpoint_keeps_what_another_keeps(tmp_path, monkeypatch):
     words = ("max_steps=4", "checkpoint.every_n_steps=1", "knn.every_n_steps=4")
 
     def end(at, step=None):
-        if (at, step) == (point, 4):
+        if (at, step) == ("checkpoint.renamed", 4):
             raise EOFError("as if killed here")
 
     with monkeypatch.context() as patched, pytest.raises(EOFError):
         patched.setattr(checkpoint, "fault", end)
         runs.run_here(tmp_path / "r", *words)
     folder = tmp_path / "r" / "checkpoints"
-    assert (folder / "best").exists() == (point == "checkpoint.latest")
+    assert not (folder / "best").exists()
     (folder / ".tmp-best-1").write_text("step-0000")
     runs.run_here(tmp_path / "r", *words)
     assert {p.name for p in folder.iterdir()} == {"step-000000003", "step-000000004", "latest", "best"}

@@ -75,8 +75,9 @@ def test_a_signal_at_any_moment_stops_at_a_step_boundary_and_costs_nothing(tmp_p
 
 @pytest.mark.parametrize("heard", ["at once", "when it asks"])
 def test_a_run_that_is_told_to_stop_saves_once_and_before_it_looks(tmp_path, monkeypatch, heard):
-    """The second: as with several processes, which hear of each other one step late unless they wait."""
-    events = []
+    """And the row of its step stands before it looks. The second: as with several processes, which hear of each other
+    one step late unless they wait."""
+    events, log = [], tmp_path / "r" / "metrics.csv"
 
     def noting(owner, name, what, step_of):
         own = getattr(owner, name)
@@ -88,14 +89,14 @@ def test_a_run_that_is_told_to_stop_saves_once_and_before_it_looks(tmp_path, mon
         monkeypatch.setattr(owner, name, noted)
 
     noting(checkpoint, "save", "saved", lambda args: args[1])
-    noting(Judge, "evaluate", "looked", lambda args: args[1])
+    noting(Judge, "evaluate", "looked", lambda args: (args[1], [int(r["step"]) for r in read_metrics(log)][-1:]))
     at("update", monkeypatch, TERM, step=1)
     if heard == "when it asks":
         monkeypatch.setattr(Agreement, "later", lambda self, *mine: Agreed(0, 0, 0))
     words = [word for word in WORDS if not word.startswith("checkpoint.every")]
     with pytest.raises(RunStopped, match="by a signal at step 2;"):
         runs.run_here(tmp_path / "r", *words, "checkpoint.every_n_steps=100", without=LEFT)
-    assert events == [("looked", 0), ("saved", 2), ("looked", 2)]
+    assert events == [("looked", (0, [])), ("saved", 2), ("looked", (2, [2]))]
     folder = tmp_path / "r" / "checkpoints"
     assert checkpoint.newest(folder).name == "step-000000002" == checkpoint.best(folder).name
     runs.run_here(tmp_path / "r", *words, "checkpoint.every_n_steps=100", without=LEFT)

@@ -82,6 +82,13 @@ class Metrics:
         # What a failed write has left may end in the middle of a row.
         self.write(self._write_all if new or self.write.failed else lambda: self._append(text))
 
+    def amend(self, numbers: dict[str, float]) -> None:
+        """Add numbers to the last row."""
+        text = {k: _text(v) for k, v in numbers.items()}
+        self.rows[-1] |= text
+        self.columns += [k for k in text if k not in self.columns]
+        self.write(self._write_all)
+
     def retry(self) -> None:
         """Write what waits, if anything does."""
         if self.write.failed:
@@ -175,6 +182,12 @@ class Bar:
             self.bar.close()
 
 
+def judged(row: dict[str, Any]) -> list[str]:
+    """What the judge has measured, as parts of a line."""
+    shown = (("knn", "k-NN {:.1f} %"), ("rankme", "RankMe {:.1f}"))
+    return [text.format(row[name]) for name, text in shown if row.get(name) is not None]
+
+
 def log_line(row: dict[str, Any], total_steps: int, eta: float | None, memory: str | None) -> str:
     """step 120/600 | images 15,360 | loss 0.8123 | lr 1.2e-03 | 812 img/s | wait 3 % | MFU n/a | ... | ETA 1 min."""
     parts = [f"step {row['step']}/{total_steps}", f"images {count(row['images'])}"]
@@ -186,10 +199,7 @@ def log_line(row: dict[str, Any], total_steps: int, eta: float | None, memory: s
     parts.append(f"MFU {mfu:.1%}" if mfu is not None else "MFU n/a")
     if memory:
         parts.append(memory)
-    if row.get("knn") is not None:
-        parts.append(f"k-NN {row['knn']:.1f} %")
-    if row.get("rankme") is not None:
-        parts.append(f"RankMe {row['rankme']:.1f}")
+    parts += judged(row)
     if row.get("bad_samples"):
         parts.append(f"skipped {row['bad_samples']}")
     parts.append(f"ETA {duration(eta)}" if eta is not None else "ETA -")

@@ -21,7 +21,8 @@ from ..faults import fault
 from ..objectives.objective import Objective
 from . import checkpoint, meet, replay
 from .evals import Evals
-from .log import Bar, Metrics, Patient, Speed, duration, log_line
+from .log import Bar, Metrics, Patient, Speed, duration, judged, log_line
+from .means import Means
 from .module import Module
 from .optim import optimizer_state
 from .sharded import Whole, together
@@ -61,6 +62,7 @@ class Plan:
     peak_flops: float | None = None  # of all devices together
     hang_minutes: float = 0.0  # 0: no watchdog
     seconds_before: float = 0.0  # wall time of earlier sessions
+    means: dict | None = None  # of what an earlier session had measured since its last row
 
 
 class AfterStep(pl.Callback):
@@ -75,8 +77,7 @@ class AfterStep(pl.Callback):
         self.whole: Whole | None = None  # of a sharded run
         self.evals: Evals | None = None  # on every process, as checkpoints are agreed on; rank 0 does the rest
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
-        self.sums: dict[str, Tensor] = {}
-        self.summed = 0
+        self.means = Means()
         self.bad: set[int] = set()  # ids that this process was the first to list
         self.known: set[int] = set()  # ids that any process, or an earlier session, has listed
         self.all_bad = 0
@@ -124,6 +125,7 @@ class AfterStep(pl.Callback):
             self.evals.say = self.bar.line
         best = self.metrics.best() if self.metrics else None
         self.best_knn = best and best[1]
+        self.means.restore(self.plan.means, self.plan.micro_batches, module.device)
         self.watchdog.enter(DATA, module.step)
         self.skipped = self.plan.run_dir / "skipped.jsonl"
         self.list_bad, self.unlisted = Patient(self.skipped, self.bar.line), {}
@@ -137,9 +139,7 @@ class AfterStep(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._note_bad(batch.get("events", ()))
-        for name, value in module.last_logs.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.summed += 1
+        self.means.add(module.last_logs)
         if module.step != self.seen:
             self.seen = module.step
             self._after_step(trainer, module)
@@ -179,10 +179,15 @@ class AfterStep(pl.Callback):
         inline = inline and not stops  # may take long; the same command begins with it
         looks, must = measure or draw or inline, last or stops
         early = looks and stops  # its time may be over before it has looked
+        logs = measure or step % plan.log_every == 0 or last
         if early:
+            if logs:
+                self._log(trainer, module, {})
             self._save(trainer, module, False, must)
         numbers = self._look(step, measure, draw, inline) if looks else {}
-        if measure or step % plan.log_every == 0 or last:
+        if early and numbers:
+            self._amend(step, numbers)
+        elif logs and not early:
             self._log(trainer, module, numbers)
         best = self._is_best(numbers)
         if early and best:
@@ -241,7 +246,7 @@ class AfterStep(pl.Callback):
 
     def _log(self, trainer: pl.Trainer, module: Module, numbers: dict[str, float]) -> None:
         plan, step = self.plan, module.step
-        logs = self._mean_logs(module.device)
+        logs = self.means.take(module.device)
         if self.rank != 0:
             return
         speed, wait = self.speed.read(plan.batch_size)
@@ -267,6 +272,13 @@ class AfterStep(pl.Callback):
         self._project(step, eta)
         self.speed.reset()
 
+    def _amend(self, step: int, numbers: dict[str, float]) -> None:
+        """Numbers of a step that has been logged (rank 0)."""
+        self.metrics.amend(numbers)
+        if self.sink is not None:
+            self.sink.log(numbers, step)
+        self.bar.line(" | ".join([f"step {step}/{self.plan.total_steps}", *judged(numbers)]))
+
     def _project(self, step: int, eta: float | None) -> None:
         """Once, after the first minute: how long the whole run will take."""
         spent = self.seconds()
@@ -280,19 +292,6 @@ class AfterStep(pl.Callback):
         if not (speed and plan.flops_per_image and plan.peak_flops):
             return None
         return speed * plan.flops_per_image / plan.peak_flops
-
-    def _mean_logs(self, device: torch.device) -> dict[str, float]:
-        """Means since the last log, over all processes."""
-        if not self.summed:
-            return {}
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[n].to(device=device, dtype=torch.float64).reshape(()) for n in names])
-        values = values / self.summed
-        if self.agreement.many:
-            dist.all_reduce(values)
-            values = values / dist.get_world_size()
-        self.sums, self.summed = {}, 0
-        return dict(zip(names, values.tolist(), strict=True))
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -332,6 +331,7 @@ class AfterStep(pl.Callback):
         self.clock.reset()
         self._list_bad()  # a continued run does not meet again what lies before a checkpoint
         optim = optimizer_state(trainer.optimizers[0])
+        means = self.means.state(plan.micro_batches, module.device)
         if self.whole is not None:
             self.whole.refresh()
             optim = together(optim, keep=self.rank == 0)
@@ -344,6 +344,7 @@ class AfterStep(pl.Callback):
         meta = plan.meta | {
             "images": module.step * plan.batch_size,
             "seconds": self.seconds(),
+            "means": means,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         folder = plan.run_dir / "checkpoints"

@@ -236,6 +236,7 @@ class Run:
         self.module = self.shown = self._module(objective, optimizer_state, meta.get("scaler"))
         plan = self._plan()
         plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
+        plan.means = None if self.changes else meta.get("means")  # other settings may measure other things
         plan.in_common = self._in_common()
         plan.data = self.source.describe + ("" if self.streaming else f" ({self.num_samples:,} samples)")
         after = AfterStep(plan, self.rank, self.flag, self._evaluate)
