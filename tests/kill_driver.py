@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import runs
+from selfsight.training.log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -169,7 +170,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {k: v.numpy().tobytes() for k, v in runs.final_state(run).items()}
     found["export"] = (run / "export" / "model.safetensors").read_bytes()
     found["index"] = sorted(p.read_bytes() for p in (folder / "index").glob("[!.]*"))
-    found["metrics"] = [row.split(",")[:5] for row in (run / "metrics.csv").read_text().splitlines()]
+    speeds = ("images_per_second", "data_wait", "mfu")
+    found["metrics"] = [{k: v for k, v in row.items() if k not in speeds} for row in read_metrics(run / "metrics.csv")]
     found["latest"] = (run / "checkpoints" / "latest").read_text()
     found["files"] = sorted(p.relative_to(run).as_posix() for p in run.rglob("*"))
     return found

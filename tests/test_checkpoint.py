@@ -120,6 +120,29 @@ def test_what_a_killed_writer_left_is_cleaned(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"step-000000002", "latest"}
 
 
+@pytest.mark.parametrize(
+    ("marked", "scores", "best"),
+    [
+        (None, {1: 20.0, 2: 30.0, 3: 30.0}, 2),  # the first of the best
+        (1, {1: 20.0, 2: 30.0}, 2),
+        (2, {1: 30.0, 2: 30.0}, 2),
+        (3, {1: 20.0, 2: 30.0}, 3),  # its row was not written
+        (2, {2: 20.0, 9: 30.0}, 2),  # the better one is gone
+        (9, {2: 20.0}, 2),
+        (None, {}, None),
+    ],
+)
+def test_the_newest_and_the_best_are_named_again(tmp_path, marked, scores, best):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=3)
+    if marked:
+        checkpoint.mark_best(tmp_path, marked)
+    (tmp_path / "latest").write_text("step-000000002")
+    checkpoint.settle(tmp_path, 3, scores)
+    assert (tmp_path / "latest").read_text() == "step-000000003\n"
+    assert checkpoint.best(tmp_path) == (best and tmp_path / f"step-{best:09d}")
+
+
 def test_shared_tensors_are_stored_once_and_come_back(tmp_path):
     student = nn.Linear(2, 2)
     pair = nn.ModuleDict({"student": student, "teacher": nn.Linear(2, 2)})

@@ -1,12 +1,15 @@
 """When a run is judged and when it draws: k-NN and pictures each at their own steps, off when told so."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import runs
 from selfsight.objectives.objective import Objective
 from selfsight.training import judge
-from selfsight.training.log import read_metrics
+from selfsight.training.log import read_metrics, written
+from selfsight.training.loop import AfterStep
 
 DRAW = ("pictures.every_n_steps",)  # off in runs.TINY
 
@@ -65,3 +68,10 @@ def test_a_compiled_run_trains_as_an_eager_one_and_judging_compiles_nothing(tmp_
     assert not torch._dynamo.utils.counters["graph_break"]
     for key in ("loss_first", "loss_last", "knn_untrained", "rankme"):
         assert compiled[key] == pytest.approx(eager[key], rel=1e-4), key
+
+
+def test_an_equal_score_is_no_better_one():
+    """Scores are compared as the rows have them, with six digits."""
+    after = SimpleNamespace(plan=SimpleNamespace(keep_best=True), best_knn=float(written(200 / 7)))
+    assert not AfterStep._is_best(after, {"knn": 200 / 7})
+    assert AfterStep._is_best(after, {"knn": 201 / 7})

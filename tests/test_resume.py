@@ -137,7 +137,8 @@ def test_rows_are_means_over_all_their_steps_whoever_interrupted_them(tmp_path, 
     with monkeypatch.context() as patched, pytest.raises(loop.RunStopped, match="stopped by a signal at step 7"):
         patched.setenv("SELFSIGHT_FAULTS", "step.forward:term@6")
         runs.run_here(tmp_path / "r", *words[:-1], words[-1].format(4), without=without)
-    runs.run_here(tmp_path / "r", *words[:-1], words[-1].format(again), without=without)
+    changed = ("allow_change=true", "data.max_bad_fraction=0.5")
+    runs.run_here(tmp_path / "r", *words[:-1], words[-1].format(again), *changed, without=without)
     assert [row["step"] for row in columns("whole")] == [4, 8]
     for found, expected in zip(columns("r"), columns("whole"), strict=True):
         assert found == pytest.approx(expected, rel=1e-5 if again == 8 else 0, abs=0)

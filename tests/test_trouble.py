@@ -19,7 +19,7 @@ from selfsight.data.manifest import Shards
 from selfsight.data.rng import key_of
 from selfsight.objectives.mae import MAE
 from selfsight.training import checkpoint
-from selfsight.training.log import read_metrics
+from selfsight.training.log import Metrics, read_metrics
 from selfsight.training.loop import AfterStep, RunStopped, listed
 from selfsight.training.trouble import Trouble, loader_is_gone
 
@@ -144,6 +144,18 @@ def test_a_row_that_waits_is_written_before_the_checkpoint(tmp_path, full_disk):
     runs.run_here(tmp_path / "r", *words, without=("log_every_n_steps",))
     (row,) = read_metrics(tmp_path / "r" / "metrics.csv")
     assert row["step"] == "2" and row["images_per_second"]
+
+
+def test_numbers_that_a_full_disk_does_not_take_are_added_later(tmp_path, full_disk, capsys):
+    metrics = Metrics(tmp_path / "metrics.csv", 0)
+    metrics.add({"step": 1, "loss": 0.5})
+    full_disk["metrics.tmp"] = 1
+    metrics.amend({"knn": 25.0})
+    assert "knn" not in read_metrics(tmp_path / "metrics.csv")[0]
+    assert "the run goes on, keeps its lines" in capsys.readouterr().out
+    metrics.retry()
+    (row,) = read_metrics(tmp_path / "metrics.csv")
+    assert (row["loss"], row["knn"]) == ("0.5", "25")
 
 
 def test_a_full_disk_loses_no_bad_sample(tmp_path, full_disk, capsys):

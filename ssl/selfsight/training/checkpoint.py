@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -243,14 +244,23 @@ def clean(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith((".tmp-", ".trash-")):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
-def settle(folder: Path, step: int, best: int | None = None) -> None:
-    """Name the checkpoint from which a run goes on, and the best one, where a writer was killed before it did."""
+def settle(folder: Path, step: int, scores: Mapping[int, float]) -> None:
+    """Name the newest checkpoint and the best one, where a writer was killed before it did.
+
+    step: of the newest. scores: of the steps that were judged; one that is marked and of no known score stays.
+    """
     _replace_text(folder / "latest", f"step-{step:09d}")
-    if best is not None and at_step(folder, best) is not None:
-        mark_best(folder, best)
+    marked = best(folder)
+    known = scores.get(int(marked.name.split("-")[1]), math.inf) if marked else -math.inf
+    top = max(scores, key=scores.__getitem__, default=None)
+    if top is not None and scores[top] > known and at_step(folder, top) is not None:
+        mark_best(folder, top)
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -75,7 +75,7 @@ class Metrics:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; numbers are written with six digits."""
-        text = {k: _text(v) for k, v in row.items() if v is not None}
+        text = {k: written(v) for k, v in row.items() if v is not None}
         self.rows.append(text)
         new = [k for k in text if k not in self.columns]
         self.columns += new
@@ -84,7 +84,7 @@ class Metrics:
 
     def amend(self, numbers: dict[str, float]) -> None:
         """Add numbers to the last row."""
-        text = {k: _text(v) for k, v in numbers.items()}
+        text = {k: written(v) for k, v in numbers.items()}
         self.rows[-1] |= text
         self.columns += [k for k in text if k not in self.columns]
         self.write(self._write_all)
@@ -110,10 +110,9 @@ class Metrics:
         """(step, value) of every row that has this column."""
         return [(int(r["step"]), float(r[column])) for r in self.rows if r.get(column)]
 
-    def best(self) -> tuple[int, float] | None:
-        """(step, k-NN accuracy) of the first row with the highest one; an untrained backbone is not meant."""
-        known = [(step, knn) for step, knn in self.numbers("knn") if step > 0]
-        return max(known, key=lambda row: row[1], default=None)
+    def scores(self) -> dict[int, float]:
+        """The k-NN accuracy of each step that has one; an untrained backbone is not meant."""
+        return {step: knn for step, knn in self.numbers("knn") if step > 0}
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -125,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     return [r for r in rows if str(r.get("step", "")).isdigit()]
 
 
-def _text(value: Any) -> str:
+def written(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

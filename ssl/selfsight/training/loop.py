@@ -21,7 +21,7 @@ from ..faults import fault
 from ..objectives.objective import Objective
 from . import checkpoint, meet, replay
 from .evals import Evals
-from .log import Bar, Metrics, Patient, Speed, duration, judged, log_line
+from .log import Bar, Metrics, Patient, Speed, duration, judged, log_line, written
 from .means import Means
 from .module import Module
 from .optim import optimizer_state
@@ -62,7 +62,7 @@ class Plan:
     peak_flops: float | None = None  # of all devices together
     hang_minutes: float = 0.0  # 0: no watchdog
     seconds_before: float = 0.0  # wall time of earlier sessions
-    means: dict | None = None  # of what an earlier session had measured since its last row
+    means: dict = field(default_factory=dict)  # of what an earlier session had measured since its last row
 
 
 class AfterStep(pl.Callback):
@@ -77,7 +77,7 @@ class AfterStep(pl.Callback):
         self.whole: Whole | None = None  # of a sharded run
         self.evals: Evals | None = None  # on every process, as checkpoints are agreed on; rank 0 does the rest
         self.speed, self.clock = Speed(), Clock(plan.save_minutes)
-        self.means = Means()
+        self.means, self.row = Means(), {}
         self.bad: set[int] = set()  # ids that this process was the first to list
         self.known: set[int] = set()  # ids that any process, or an earlier session, has listed
         self.all_bad = 0
@@ -123,8 +123,11 @@ class AfterStep(pl.Callback):
         self.metrics = Metrics(metrics, module.step, self.bar.line) if self.rank == 0 else None
         if self.evals is not None:
             self.evals.say = self.bar.line
-        best = self.metrics.best() if self.metrics else None
-        self.best_knn = best and best[1]
+        scores = self.metrics.scores() if self.metrics else {}
+        self.best_knn = max(scores.values(), default=None)
+        if self.rank == 0 and module.step:
+            scores = scores if self.plan.keep_best else {}
+            checkpoint.settle(self.plan.run_dir / "checkpoints", module.step, scores)
         self.means.restore(self.plan.means, self.plan.micro_batches, module.device)
         self.watchdog.enter(DATA, module.step)
         self.skipped = self.plan.run_dir / "skipped.jsonl"
@@ -185,7 +188,7 @@ class AfterStep(pl.Callback):
                 self._log(trainer, module, {})
             self._save(trainer, module, False, must)
         numbers = self._look(step, measure, draw, inline) if looks else {}
-        if early and numbers:
+        if early and logs and numbers:
             self._amend(step, numbers)
         elif logs and not early:
             self._log(trainer, module, numbers)
@@ -241,8 +244,9 @@ class AfterStep(pl.Callback):
         return self.plan.seconds_before + time.monotonic() - self.started
 
     def _is_best(self, numbers: dict[str, float]) -> bool:
-        knn = numbers.get("knn")
-        return self.plan.keep_best and knn is not None and (self.best_knn is None or knn > self.best_knn)
+        if not self.plan.keep_best or numbers.get("knn") is None:
+            return False
+        return self.best_knn is None or float(written(numbers["knn"])) > self.best_knn  # as its row says
 
     def _log(self, trainer: pl.Trainer, module: Module, numbers: dict[str, float]) -> None:
         plan, step = self.plan, module.step
@@ -264,8 +268,9 @@ class AfterStep(pl.Callback):
             "bad_samples": self.all_bad or None,
         }
         self.metrics.add(row)
+        self.row = {k: v for k, v in row.items() if v is not None}
         if self.sink is not None:
-            self.sink.log({k: v for k, v in row.items() if v is not None}, step)
+            self.sink.log(self.row, step)
         left = (plan.total_steps - step) * plan.batch_size
         eta = left / speed if speed else None
         self.bar.line(log_line(row, plan.total_steps, eta, _memory(module.device)))
@@ -275,8 +280,9 @@ class AfterStep(pl.Callback):
     def _amend(self, step: int, numbers: dict[str, float]) -> None:
         """Numbers of a step that has been logged (rank 0)."""
         self.metrics.amend(numbers)
+        self.row |= numbers
         if self.sink is not None:
-            self.sink.log(numbers, step)
+            self.sink.log(self.row, step)
         self.bar.line(" | ".join([f"step {step}/{self.plan.total_steps}", *judged(numbers)]))
 
     def _project(self, step: int, eta: float | None) -> None:

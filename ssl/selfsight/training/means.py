@@ -10,38 +10,36 @@ from torch import Tensor
 
 
 class Means:
-    """Sums over the micro-batches of this process since the last row."""
+    """Sums over the micro-batches of this process since the last row, each with its own count."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.micro_batches = 0
+        self.counts: dict[str, float] = {}
 
     def add(self, logs: Mapping[str, Tensor]) -> None:
         """logs: name -> number [], of one micro-batch; not waited for."""
         for name, value in logs.items():
             self.sums[name] = self.sums.get(name, 0) + value.to(_wide(value.device))
-        self.micro_batches += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self, device: torch.device) -> dict[str, float]:
         """Means over micro-batches and processes, which begin anew. A collective."""
-        found = {name: total / self.micro_batches for name, total in self._over_processes(device).items()}
-        self.sums, self.micro_batches = {}, 0
+        found = {name: total / self.counts[name] for name, total in self._over_processes(device).items()}
+        self.sums, self.counts = {}, {}
         return found
 
-    def state(self, per_step: int, device: torch.device) -> dict | None:
-        """What a checkpoint keeps of rows that are not full: sums over steps, of which each has `per_step`
-        micro-batches. A collective; None right after a row."""
-        if not self.micro_batches:
-            return None
-        sums = {name: total / per_step for name, total in self._over_processes(device).items()}
-        return {"steps": self.micro_batches // per_step, "sums": sums}
+    def state(self, per_step: int, device: torch.device) -> dict[str, tuple[float, float]]:
+        """name -> (sum, count) in steps, of which each has `per_step` micro-batches: what a checkpoint keeps of a row
+        that is not full. A collective but right after a row, where it is empty: rank 0 alone saves what it found best.
+        """
+        sums = self._over_processes(device)
+        return {name: (total / per_step, self.counts[name] / per_step) for name, total in sums.items()}
 
-    def restore(self, state: dict | None, per_step: int, device: torch.device) -> None:
+    def restore(self, state: Mapping[str, tuple[float, float]], per_step: int, device: torch.device) -> None:
         """Continue from `state`, also in other numbers of processes and micro-batches."""
-        if state is not None:
-            wide = _wide(device)
-            self.sums = {k: torch.tensor(v * per_step, dtype=wide, device=device) for k, v in state["sums"].items()}
-            self.micro_batches = state["steps"] * per_step
+        for name, (total, count) in state.items():
+            self.sums[name] = torch.tensor(total * per_step, dtype=_wide(device), device=device)
+            self.counts[name] = count * per_step
 
     def _over_processes(self, device: torch.device) -> dict[str, float]:
         if not self.sums:

@@ -104,9 +104,6 @@ class Run:
         checkpoint.clean(self.dir / "checkpoints")
         for sentence in checkpoint.set_aside(self.dir / "checkpoints", self.start):
             print(sentence, flush=True)
-        if self.start:
-            best = Metrics(self.dir / "metrics.csv", self.start).best() if self.cfg.checkpoint.keep_best else None
-            checkpoint.settle(self.dir / "checkpoints", self.start, best and best[0])
         for pattern in LEFTOVERS:
             for path in self.dir.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -236,7 +233,7 @@ class Run:
         self.module = self.shown = self._module(objective, optimizer_state, meta.get("scaler"))
         plan = self._plan()
         plan.seconds_before, plan.hang_minutes = meta.get("seconds", 0.0), cfg.trainer.hang_minutes
-        plan.means = None if self.changes else meta.get("means")  # other settings may measure other things
+        plan.means = meta.get("means", {})
         plan.in_common = self._in_common()
         plan.data = self.source.describe + ("" if self.streaming else f" ({self.num_samples:,} samples)")
         after = AfterStep(plan, self.rank, self.flag, self._evaluate)
@@ -440,7 +437,8 @@ class Run:
 
         cfg = self.cfg
         images = self.total_steps * cfg.batch_size
-        summary = summarise(Metrics(self.dir / "metrics.csv", self.total_steps), self.total_steps) | {
+        metrics = Metrics(self.dir / "metrics.csv", self.total_steps)
+        summary = summarise(metrics, self.total_steps) | {
             "images_seen": images, "steps": self.total_steps,
             "epochs": images / self.num_samples if self.num_samples else None,
             "seconds": seconds, "processes": world, "run_dir": str(self.dir), "objective": cfg.objective.name,
@@ -459,9 +457,10 @@ class Run:
         if self.evals is not None:
             self.evals.wait()
             summary |= {"evals": self.evals.summary()}
-        needed = self.evals.needed() if self.evals else ()
-        # Here also what was killed between its last checkpoint and the end of its pruning.
-        checkpoint.prune(self.dir / "checkpoints", cfg.checkpoint.keep_last, needed)
+        # What was killed between its last checkpoint and the end of its pruning has to be settled as well.
+        folder, needed = self.dir / "checkpoints", self.evals.needed() if self.evals else ()
+        checkpoint.settle(folder, self.total_steps, metrics.scores() if cfg.checkpoint.keep_best else {})
+        checkpoint.prune(folder, cfg.checkpoint.keep_last, needed)
         self._write(summary)
         print("\n" + closing_table(summary, self.dir), flush=True)
         return summary
