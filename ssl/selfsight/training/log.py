@@ -125,6 +125,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def written(value: Any) -> str:
+    """A cell of metrics.csv; numbers with six digits."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
