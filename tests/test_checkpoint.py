@@ -128,7 +128,8 @@ def test_what_a_killed_writer_left_is_cleaned(tmp_path):
         (2, {1: 30.0, 2: 30.0}, 2),
         (3, {1: 20.0, 2: 30.0}, 3),  # its row was not written
         (2, {2: 20.0, 9: 30.0}, 2),  # the better one is gone
-        (9, {2: 20.0}, 2),
+        (9, {1: 10.0, 2: 20.0, 9: 30.0}, 2),
+        (1, {1: 10.0, 2: 20.0, 9: 30.0}, 2),
         (None, {}, None),
     ],
 )

@@ -58,6 +58,8 @@ def test_a_stopped_run_is_closed_with_its_exit_status(tmp_path, said, monkeypatc
     with pytest.raises(RunStopped):
         runs.run_here(tmp_path / "r", "logger=wandb", "max_steps=30", "knn.every_n_steps=1")
     assert said.code == 128 + signal.SIGTERM
+    *_, (step, first), (again, whole) = said.rows  # the row of a stop comes before it is judged, and once more with it
+    assert step == again and "loss" in first and "knn" not in first and whole >= first | {"knn", "rankme"}
 
 
 class Unreachable:

@@ -251,15 +251,16 @@ def clean(folder: Path) -> None:
 
 
 def settle(folder: Path, step: int, scores: Mapping[int, float]) -> None:
-    """Name the newest checkpoint and the best one, where a writer was killed before it did.
+    """Name the newest checkpoint and the best of those that stand, where a writer was killed before it did.
 
     step: of the newest. scores: of the steps that were judged; one that is marked and of no known score stays.
     """
     _replace_text(folder / "latest", f"step-{step:09d}")
     marked = best(folder)
     known = scores.get(int(marked.name.split("-")[1]), math.inf) if marked else -math.inf
-    top = max(scores, key=scores.__getitem__, default=None)
-    if top is not None and scores[top] > known and at_step(folder, top) is not None:
+    standing = {k: v for k, v in scores.items() if at_step(folder, k) is not None}
+    top = max(standing, key=standing.__getitem__, default=None)
+    if top is not None and standing[top] > known:
         mark_best(folder, top)
 
 

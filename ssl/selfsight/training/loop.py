@@ -123,10 +123,9 @@ class AfterStep(pl.Callback):
         self.metrics = Metrics(metrics, module.step, self.bar.line) if self.rank == 0 else None
         if self.evals is not None:
             self.evals.say = self.bar.line
-        scores = self.metrics.scores() if self.metrics else {}
+        scores = self.metrics.scores() if self.metrics and self.plan.keep_best else {}
         self.best_knn = max(scores.values(), default=None)
         if self.rank == 0 and module.step:
-            scores = scores if self.plan.keep_best else {}
             checkpoint.settle(self.plan.run_dir / "checkpoints", module.step, scores)
         self.means.restore(self.plan.means, self.plan.micro_batches, module.device)
         self.watchdog.enter(DATA, module.step)
@@ -280,7 +279,7 @@ class AfterStep(pl.Callback):
     def _amend(self, step: int, numbers: dict[str, float]) -> None:
         """Numbers of a step that has been logged (rank 0)."""
         self.metrics.amend(numbers)
-        self.row |= numbers
+        self.row = self.row | numbers
         if self.sink is not None:
             self.sink.log(self.row, step)
         self.bar.line(" | ".join([f"step {step}/{self.plan.total_steps}", *judged(numbers)]))
