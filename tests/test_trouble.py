@@ -21,7 +21,7 @@ from selfsight.objectives.mae import MAE
 from selfsight.training import checkpoint
 from selfsight.training.log import Metrics, read_metrics
 from selfsight.training.loop import AfterStep, RunStopped, listed
-from selfsight.training.trouble import Trouble, loader_is_gone
+from selfsight.training.trouble import Trouble, brief, loader_is_gone
 
 PINNED = "Pin memory thread exited unexpectedly"
 
@@ -144,6 +144,13 @@ def test_a_row_that_waits_is_written_before_the_checkpoint(tmp_path, full_disk):
     runs.run_here(tmp_path / "r", *words, without=("log_every_n_steps",))
     (row,) = read_metrics(tmp_path / "r" / "metrics.csv")
     assert row["step"] == "2" and row["images_per_second"]
+
+
+def test_what_torch_says_of_a_peer_is_not_cut_within_a_sentence():
+    said = "Read error [127.0.0.1]:25502: Connection reset by peer"
+    whole = f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] {said}. This may indicate a crash on rank 0."
+    assert brief(RuntimeError(whole)) == said
+    assert brief(RuntimeError("NCCL error,\n" + "word " * 50)).endswith("word …")
 
 
 def test_numbers_that_a_full_disk_does_not_take_are_added_later(tmp_path, full_disk, capsys):

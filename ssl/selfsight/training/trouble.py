@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,11 +74,17 @@ class Trouble(pl.Callback):
                 ) from error
             raise RunStopped(
                 f"process {trainer.global_rank} can no longer reach another process of this run, whose own output "
-                f"says why it ended ({' '.join(str(error).split())[:120]}). {self.stands()}",
+                f"says why it ended ({brief(error)}). {self.stands()}",
                 7,
             ) from error
         finally:
             self.put_back()
+
+
+def brief(error: BaseException) -> str:
+    """The first sentence of what torch says, without the place in its source; at most 160 letters, and then told so."""
+    text = re.sub(r"^\[\S+:\d+\] ", "", " ".join(str(error).split()))
+    return textwrap.shorten(text.split(". ")[0].rstrip("."), 160, placeholder=" …")
 
 
 def peer_is_gone(error: RuntimeError) -> bool:
