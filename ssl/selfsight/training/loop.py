@@ -169,13 +169,7 @@ class AfterStep(pl.Callback):
             self._stop_nonfinite(trainer, module)
             return
         if agreed.bad > plan.max_bad:
-            self._save(trainer, module, False, False)
-            self._stop(
-                trainer,
-                f"{agreed.bad} distinct samples are bad, more than the limit of {plan.max_bad} "
-                f"(data.max_bad_fraction): see {plan.run_dir}/skipped.jsonl, mend or remove them, and start again",
-                3,
-            )
+            self._stop_bad(trainer, module)
             return
         stops = bool(agreed.stop) and not last
         inline = inline and not stops  # may take long; the same command begins with it
@@ -380,6 +374,15 @@ class AfterStep(pl.Callback):
     def _stop(self, trainer: pl.Trainer, message: str, code: int) -> None:
         self.stopped = RunStopped(message, code)
         trainer.should_stop = True
+
+    def _stop_bad(self, trainer: pl.Trainer, module: Module) -> None:
+        self._save(trainer, module, False, False)
+        self._stop(
+            trainer,
+            f"{self.all_bad} distinct samples are bad, more than the limit of {self.plan.max_bad} "
+            f"(data.max_bad_fraction): see {self.plan.run_dir}/skipped.jsonl, mend or remove them, and start again",
+            3,
+        )
 
     def _stop_nonfinite(self, trainer: pl.Trainer, module: Module) -> None:
         plan = self.plan
